@@ -1,0 +1,1 @@
+"""Process groups, the MM-SP plan and the collectives with their adjoints."""
