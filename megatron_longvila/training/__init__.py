@@ -1,0 +1,1 @@
+"""Training: loss, optimizer, metrics and the step loop."""

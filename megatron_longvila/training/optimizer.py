@@ -1,0 +1,135 @@
+"""Megatron's data parallelism, distributed optimizer and schedule, set up from the configuration.
+
+Always the DistributedOptimizer, also at dp 1: checkpoints of both kinds of optimizer have different keys, and layouts must be exchangeable.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megatron_longvila.config import Config
+from megatron_longvila.platform import mcore
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # isort: skip
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer  # isort: skip
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # isort: skip
+from megatron.core.optimizer.optimizer import ChainedOptimizer  # isort: skip
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
+from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes  # isort: skip
+
+# Part of the model as a user names it -> prefix of its parameters.
+PARTS = {"vision": "vision_tower.", "projector": "projector.", "llm": "language_model."}
+
+
+def freeze(model: torch.nn.Module, trainable: list[str]) -> None:
+    """Let only the parameters of the parts in `trainable` take gradients. Must run before DDP, which sizes its buffers by that.
+
+    Raises:
+        ValueError: `trainable` is empty or names an unknown part.
+    """
+    unknown = sorted(set(trainable) - PARTS.keys())
+    if unknown or not trainable:
+        raise ValueError(f"training.trainable={trainable} must name at least one of {sorted(PARTS)} and nothing else")
+    prefixes = tuple(PARTS[part] for part in trainable)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(prefixes)
+
+
+def wrap_ddp(model: torch.nn.Module, config: Config) -> DistributedDataParallel:
+    """Megatron's DDP around one model chunk: gradients summed in fp32 over dp x cp, then divided once by the token count."""
+    for parameter in model.parameters():
+        # Plain modules (the patch convolution, norms) would otherwise be taken for tensor-parallel duplicates or shards by the grad norm.
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=True,
+        check_for_nan_in_grad=False,  # the loop checks loss and gradient norm itself, and names the samples
+    )
+    wrapped = DistributedDataParallel(model.config, ddp_config, model)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronOptimizer:
+    """AdamW over the trainable parameters; biases and other one-dimensional parameters have no weight decay.
+
+    Ranks without a trainable parameter get an optimizer too: gradient norm and checkpoint are collectives over all ranks.
+    """
+    mcore.select_adam(config.optimizer.backend)
+    bf16 = config.training.precision == "bf16"
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        weight_decay=config.optimizer.weight_decay,
+        adam_beta1=config.optimizer.beta1,
+        adam_beta2=config.optimizer.beta2,
+        adam_eps=config.optimizer.eps,
+        clip_grad=config.optimizer.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    # The gloo twins of the data-parallel groups gather the optimizer state for checkpoints in host memory.
+    return get_megatron_optimizer(settings, [model], use_gloo_process_groups=True)
+
+
+def warmup_steps(config: Config, total_steps: int) -> int:
+    """Warm-up steps of a run of `total_steps`. Raises ValueError if the warm-up does not leave a step to train at full rate."""
+    settings = config.optimizer
+    if settings.warmup_steps and settings.warmup_fraction:
+        raise ValueError(
+            f"optimizer.warmup_steps={settings.warmup_steps} and optimizer.warmup_fraction={settings.warmup_fraction} are both set; keep one"
+        )
+    steps = settings.warmup_steps or math.ceil(settings.warmup_fraction * total_steps)
+    if steps >= total_steps:
+        raise ValueError(f"the warm-up of {steps} steps must be shorter than the run of {total_steps} steps; lower optimizer.warmup_steps")
+    return steps
+
+
+def build_scheduler(optimizer: MegatronOptimizer, config: Config, total_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then cosine to min_lr at the last step, or constant. Counted in steps; weight decay is constant."""
+    settings = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup_steps(config, total_steps),
+        lr_decay_steps=total_steps,
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )
+
+
+def apply_settings(optimizer: MegatronOptimizer, config: Config) -> None:
+    """Write the configured rates into the optimizer's groups: a loaded optimizer state brings its own, and the configuration wins."""
+    for group in optimizer.param_groups:
+        group.update(max_lr=config.optimizer.lr, min_lr=config.optimizer.min_lr, eps=config.optimizer.eps)
+        group["betas"] = (config.optimizer.beta1, config.optimizer.beta2)
+
+
+def step(optimizer: ChainedOptimizer) -> float:
+    """Clip and apply the gradients; returns their norm before clipping, equal on all ranks.
+
+    A norm that is not finite changes nothing: weights and optimizer state stay as they were, and the caller decides.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        return grad_norm
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm
