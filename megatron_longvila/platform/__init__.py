@@ -1,0 +1,116 @@
+"""Device, backend, process group and seeds: the only package that knows whether it runs on CUDA/NCCL or on a CPU/gloo.
+
+Importing this imports torch but not megatron; `platform.mcore` is the door to megatron-core.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import tempfile
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def is_cpu() -> bool:
+    """True when this process has no CUDA device."""
+    return not torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank: its CUDA device (set by `init_distributed`), else the CPU."""
+    return torch.device("cpu") if is_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def backend() -> str:
+    """`nccl` on CUDA, `gloo` on a CPU."""
+    return "gloo" if is_cpu() else "nccl"
+
+
+def init_distributed(timeout_s: float) -> None:
+    """Join the job torchrun started, or make a job of one rank when started by plain python.
+
+    `timeout_s` bounds every collective of the default group; megatron's groups get it from parallel/groups.py.
+    Raises ValueError if this host has fewer CUDA devices than local ranks.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device_id = None
+    if not is_cpu():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} needs CUDA device {local_rank}, but this host shows {torch.cuda.device_count()}; "
+                "lower --nproc_per_node or widen CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(local_rank)
+        device_id = torch.device("cuda", local_rank)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend(), timeout=timeout, device_id=device_id)
+        return
+    # A lone process: a file store needs no port. The file is removed by the store's destructor.
+    store = os.path.join(tempfile.mkdtemp(prefix="longvila-store-"), "store")
+    dist.init_process_group(backend(), init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout, device_id=device_id)
+
+
+def shutdown_distributed() -> None:
+    """Leave the job; harmless when none was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def synchronize() -> None:
+    """Wait for the device; nothing to wait for on a CPU."""
+    if not is_cpu():
+        torch.cuda.synchronize()
+
+
+def seed(seed: int, pp_rank: int) -> None:
+    """Seed python, numpy, torch and Megatron's RNG tracker. Needs megatron's parallel state.
+
+    Pipeline stages differ (as in Megatron-LM, 100 apart); the other ranks of a stage agree, because with CPU initialisation each tp rank
+    draws the whole weight and keeps its slice: different seeds would give inconsistent weights without any error.
+    """
+    from megatron_longvila.platform import mcore
+
+    stage_seed = seed + 100 * pp_rank
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    mcore.seed_tracker(stage_seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """Every random state `seed` touched, for the checkpoint of the same layout."""
+    from megatron_longvila.platform import mcore
+
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "tracker": mcore.tracker_states()}
+    if not is_cpu():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned. Raises ValueError if it was taken on the other kind of device."""
+    from megatron_longvila.platform import mcore
+
+    if ("cuda" in state) == is_cpu():
+        taken = "a CUDA device" if "cuda" in state else "a CPU"
+        raise ValueError(f"the random state was saved on {taken} and this process runs on {device()}; drop the random state to continue")
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    mcore.set_tracker_states(state["tracker"])
+    if not is_cpu():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def memory_gib() -> float:
+    """Peak memory of this rank in GiB: allocated by torch on CUDA, resident on a CPU."""
+    if not is_cpu():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

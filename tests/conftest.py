@@ -1,0 +1,23 @@
+"""Settings every test needs before torch is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not os.environ.get("LONGVILA_GPU_TESTS"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CPU tests fork ranks, and a forked child cannot use a CUDA context
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from ranks import run_ranks` from any folder below
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked gpu run only where they were asked for."""
+    if os.environ.get("LONGVILA_GPU_TESTS"):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="GPU test: set LONGVILA_GPU_TESTS=1 on a machine with a GPU"))
