@@ -57,7 +57,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
         try:
             for process in processes:
                 process.start()
-            for _, sender in pipes:
+            for sender in senders:
                 sender.close()  # the parent's copy: otherwise the death of a rank is not an end of file
             return _collect(processes, [receiver for receiver, _ in pipes], Path(folder), timeout_s)
         finally:
