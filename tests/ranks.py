@@ -48,10 +48,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         fork = multiprocessing.get_context("fork")
         pipes = [fork.Pipe(duplex=False) for _ in range(world_size)]
+        senders = [sender for _, sender in pipes]
         processes = [
-            fork.Process(
-                target=_rank_main, args=(fn, rank, args, [sender for _, sender in pipes], Path(folder), timeout_s), name=f"rank{rank}"
-            )
+            fork.Process(target=_rank_main, args=(fn, rank, args, senders, Path(folder), timeout_s), name=f"rank{rank}")
             for rank in range(world_size)
         ]
         try:
