@@ -1,0 +1,276 @@
+"""Total two-way name maps between Hugging Face weights in VILA's layout and the full (one-rank) state of LongVILA.
+
+VILA's layout: `llm.` before the names of Qwen2ForCausalLM / LlamaForCausalLM, `vision_tower.` before SiglipVisionModel's (with or
+without its inner `vision_model.`, which transformers dropped in 5.x), `mm_projector.` before the projector's. LongVILA's names are
+those of models/init.py. The map is one list of rules, each from one or more source tensors to one target; nothing is matched by accident.
+
+Source tensors that never reach the loss (the tower's last layers, post-norm and pooling head, derived buffers, vocabulary rows beyond
+`vocab_size`) are *passengers*: kept under their names, never trained, written back unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_longvila.config import Config
+from megatron_longvila.models.init import global_parameters, mark_parameters, shard_for_rank
+from megatron_longvila.models.siglip import resize_position_table
+from megatron_longvila.parallel.groups import Groups
+
+State = dict[str, Tensor]
+
+_VISION = "vision_tower.vision_model."
+_EXTRA_ROWS = "#rows_beyond_vocab_size"
+_TABLE, _HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
+# Tensors that may be in a source without a target. The layer number is checked against the configuration in `_is_passenger`.
+_PASSENGERS = (
+    re.compile(r"vision_tower\.vision_model\.(post_layernorm|head)\..+"),
+    re.compile(r"vision_tower\.vision_model\.embeddings\.position_ids"),
+    re.compile(r"llm\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+)
+_VISION_LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\..+")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One target tensor and the source tensors it is made of.
+
+    Attributes:
+        shapes: of the sources.
+        merge: sources -> target.
+        split: target -> sources; the inverse of merge.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    merge: Callable[..., Tensor]
+    split: Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def rules(config: Config) -> list[Rule]:
+    """Every tensor of the model `config` describes, exactly once."""
+    return [*_vision_rules(config), *_projector_rules(config), *_llm_rules(config)]
+
+
+def to_megatron(hf_state: State, config: Config, *, resize_positions: bool = False) -> tuple[State, State]:
+    """Weights in VILA's layout to LongVILA's full state.
+
+    Args:
+        resize_positions: let a position table of another resolution be interpolated (models/siglip.py) instead of refused.
+
+    Returns:
+        (state, passengers). A tied `llm.lm_head.weight` that equals the embedding is accepted and is in neither.
+
+    Raises:
+        ValueError: a source tensor has no rule and is no passenger, a target is not filled, a name occurs in both spellings, or a
+            shape is wrong.
+    """
+    sources = _normalized(hf_state)
+    state, passengers, missing = {}, {}, []
+    if config.model.llm.tie_embeddings and _HEAD in sources and _TABLE in sources and not torch.equal(sources.pop(_HEAD), sources[_TABLE]):
+        raise ValueError(f"{_HEAD} differs from {_TABLE}, so they are not tied; set model.llm.tie_embeddings=false to keep both")
+    for rule in rules(config):
+        absent = [name for name in rule.sources if name not in sources]
+        missing += absent
+        if absent:
+            continue
+        tensors = [sources.pop(name) for name in rule.sources]
+        if rule.sources[0] in (_TABLE, _HEAD):
+            tensors[0], extra = tensors[0][: config.model.llm.vocab_size], tensors[0][config.model.llm.vocab_size :]
+            if len(extra):
+                passengers[rule.sources[0] + _EXTRA_ROWS] = extra.clone()
+        if resize_positions and rule.target == "vision_tower.position_table":
+            tensors[0] = resize_position_table(tensors[0], rule.shapes[0][0])
+        for name, tensor, shape in zip(rule.sources, tensors, rule.shapes, strict=True):
+            _check_shape(name, tensor, shape)
+        state[rule.target] = rule.merge(*tensors)
+    passengers |= {name: sources.pop(name) for name in list(sources) if _is_passenger(name, config)}
+    _refuse(missing, sources)
+    return state, passengers
+
+
+def from_megatron(state: State, passengers: State, config: Config, *, inner_prefix: bool = True) -> State:
+    """LongVILA's full state and the passengers back to VILA's layout: the inverse of `to_megatron`, bit for bit.
+
+    Args:
+        inner_prefix: write `vision_tower.vision_model.`, which every reader understands, instead of transformers 5's flat names.
+
+    Raises:
+        ValueError: a tensor of the model is missing, unknown or of the wrong shape.
+    """
+    remaining, hf_state, missing = dict(state), {}, []
+    shapes = full_shapes(config)
+    for rule in rules(config):
+        if rule.target not in remaining:
+            missing.append(rule.target)
+            continue
+        tensor = remaining.pop(rule.target)
+        _check_shape(rule.target, tensor, shapes[rule.target])
+        hf_state.update(zip(rule.sources, (part.contiguous() for part in rule.split(tensor)), strict=True))
+    _refuse(missing, remaining)
+    for name, tensor in passengers.items():
+        if name.endswith(_EXTRA_ROWS):
+            name = name.removesuffix(_EXTRA_ROWS)
+            tensor = torch.cat([hf_state.pop(name), tensor])
+        if name in hf_state:
+            raise ValueError(f"passenger {name} is also a tensor of the model; drop the passenger")
+        hf_state[name] = tensor
+    if inner_prefix:
+        return hf_state
+    return {name.replace(_VISION, "vision_tower."): tensor for name, tensor in hf_state.items()}
+
+
+def full_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Global name -> full shape of every parameter of the model, whatever the mesh. A tied output layer is not in it."""
+    return {rule.target: tuple(rule.merge(*(torch.empty(shape, device="meta") for shape in rule.shapes)).shape) for rule in rules(config)}
+
+
+@torch.no_grad()
+def load_full_state(model: torch.nn.Module, state: State, config: Config, groups: Groups) -> None:
+    """Copy this rank's slices of a full state into `model` (not wrapped in DDP), in the parameters' dtype and device.
+
+    Raises:
+        ValueError: a parameter of this rank is not in `state`, `state` has a name that no pipeline stage has, or a shape is wrong.
+    """
+    mark_parameters(model)
+    parameters = dict(global_parameters(model))
+    _refuse([name for name in parameters if name not in state], state.keys() - full_shapes(config).keys())
+    for name, parameter in parameters.items():
+        parameter.copy_(shard_for_rank(name, state[name], parameter, groups.tp.rank(), groups.tp.size()))
+
+
+def merge_qkv(q: Tensor, k: Tensor, v: Tensor, num_groups: int) -> Tensor:
+    """Rows of q, k and v (weights [rows, D] or biases [rows]) to Megatron's order: per key/value head its query heads, then k, then v."""
+    parts = [x.unflatten(0, (num_groups, -1)) for x in (q, k, v)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+def split_qkv(qkv: Tensor, num_groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverse of `merge_qkv`."""
+    grouped = qkv.unflatten(0, (num_groups, -1))
+    sizes = (grouped.shape[1] - 2 * head_dim, head_dim, head_dim)
+    return tuple(part.flatten(0, 1) for part in grouped.split(sizes, dim=1))
+
+
+def _copy(target: str, source: str, *shape: int) -> Rule:
+    return Rule(target, (source,), (shape,), lambda x: x, lambda x: (x,))
+
+
+def _affine(target: str, source: str, *shape: int) -> Iterator[Rule]:
+    """Weight of `shape` and bias of a linear, convolution or norm."""
+    yield _copy(f"{target}.weight", f"{source}.weight", *shape)
+    yield _copy(f"{target}.bias", f"{source}.bias", shape[0])
+
+
+def _qkv(target: str, source: str, kind: str, head_dim: int, heads: tuple[int, int], inputs: tuple[int, ...]) -> Rule:
+    num_heads, num_groups = heads
+    shapes = tuple((count * head_dim, *inputs) for count in (num_heads, num_groups, num_groups))
+    sources = tuple(f"{source}.{part}_proj.{kind}" for part in "qkv")
+    merge, split = partial(merge_qkv, num_groups=num_groups), partial(split_qkv, num_groups=num_groups, head_dim=head_dim)
+    return Rule(f"{target}.{kind}", sources, shapes, merge, split)
+
+
+def _padded_rows(target: str, source: str, rows: int, padded_rows: int, hidden: int) -> Rule:
+    """A vocabulary matrix: zero rows are added up to the padded size, and cut again."""
+    pad = partial(torch.nn.functional.pad, pad=(0, 0, 0, padded_rows - rows))
+    return Rule(target, (source,), ((rows, hidden),), pad, lambda x: (x[:rows],))
+
+
+def _vision_rules(config: Config) -> Iterator[Rule]:
+    vision = config.model.vision
+    hidden, ffn, heads = vision.hidden_size, vision.ffn_hidden_size, vision.num_attention_heads
+    embeddings = f"{_VISION}embeddings"
+    yield from _affine("vision_tower.patch_embedding", f"{embeddings}.patch_embedding", hidden, 3, vision.patch_size, vision.patch_size)
+    yield _copy("vision_tower.position_table", f"{embeddings}.position_embedding.weight", vision.grid_size**2, hidden)
+    for index in range(vision.built_layers):
+        target, source = f"vision_tower.encoder.layers.{index}", f"{_VISION}encoder.layers.{index}"
+        for kind, inputs in (("weight", (hidden,)), ("bias", ())):
+            qkv_target = f"{target}.self_attention.linear_qkv"
+            yield _qkv(qkv_target, f"{source}.self_attn", kind, hidden // heads, (heads, heads), inputs)
+        yield from _affine(f"{target}.self_attention.linear_proj", f"{source}.self_attn.out_proj", hidden, hidden)
+        yield from _affine(f"{target}.input_layernorm", f"{source}.layer_norm1", hidden)
+        yield from _affine(f"{target}.pre_mlp_layernorm", f"{source}.layer_norm2", hidden)
+        yield from _affine(f"{target}.mlp.linear_fc1", f"{source}.mlp.fc1", ffn, hidden)
+        yield from _affine(f"{target}.mlp.linear_fc2", f"{source}.mlp.fc2", hidden, ffn)
+
+
+def _projector_rules(config: Config) -> Iterator[Rule]:
+    """VILA numbers the modules of a Sequential; merges and activations count but have no weights."""
+    kind, side = config.model.projector.type, config.model.projector.downsample
+    channels, hidden = config.model.vision.hidden_size * side**2, config.model.llm.hidden_size
+    layers = "mm_projector.layers"
+    if kind == "linear":
+        yield from _affine("projector.linear_out", layers, hidden, channels)
+        return
+    first, second = {1: (0, 2), 2: (2, 4), 3: (5, 7)}[side]
+    if side > 1:
+        yield from _affine("projector.norm", f"{layers}.1", channels)
+    if side == 3:
+        middle = channels // 3
+        yield from _affine("projector.linear_in", f"{layers}.2", middle, channels)
+        yield from _affine("projector.middle_norm", f"{layers}.4", middle)
+        channels = middle
+    yield from _affine("projector.linear_fc1", f"{layers}.{first}", hidden, channels)
+    yield from _affine("projector.linear_fc2", f"{layers}.{second}", hidden, hidden)
+
+
+def _llm_rules(config: Config) -> Iterator[Rule]:
+    llm = config.model.llm
+    hidden, ffn, dim, heads = llm.hidden_size, llm.ffn_hidden_size, llm.head_dim, (llm.num_attention_heads, llm.num_query_groups)
+    table = (llm.vocab_size, llm.padded_vocab_size, hidden)
+    yield _padded_rows("language_model.embedding.word_embeddings.weight", _TABLE, *table)
+    for index in range(llm.num_layers):
+        target, source = f"language_model.decoder.layers.{index}", f"llm.model.layers.{index}"
+        yield _copy(f"{target}.input_layernorm.weight", f"{source}.input_layernorm.weight", hidden)
+        yield _qkv(f"{target}.self_attention.linear_qkv", f"{source}.self_attn", "weight", dim, heads, (hidden,))
+        if llm.architecture == "qwen2":
+            yield _qkv(f"{target}.self_attention.linear_qkv", f"{source}.self_attn", "bias", dim, heads, ())
+        yield _copy(f"{target}.self_attention.linear_proj.weight", f"{source}.self_attn.o_proj.weight", hidden, heads[0] * dim)
+        yield _copy(f"{target}.pre_mlp_layernorm.weight", f"{source}.post_attention_layernorm.weight", hidden)
+        gate_up = (f"{source}.mlp.gate_proj.weight", f"{source}.mlp.up_proj.weight")
+        yield Rule(f"{target}.mlp.linear_fc1.weight", gate_up, ((ffn, hidden),) * 2, lambda *x: torch.cat(x), lambda x: x.chunk(2))
+        yield _copy(f"{target}.mlp.linear_fc2.weight", f"{source}.mlp.down_proj.weight", hidden, ffn)
+    yield _copy("language_model.decoder.final_layernorm.weight", "llm.model.norm.weight", hidden)
+    if not llm.tie_embeddings:
+        yield _padded_rows("language_model.output_layer.weight", _HEAD, *table)
+
+
+def _normalized(hf_state: State) -> State:
+    """The same tensors with the inner `vision_model.` always there."""
+    sources = {}
+    for name, tensor in hf_state.items():
+        if name.startswith("vision_tower.") and not name.startswith(_VISION):
+            name = _VISION + name.removeprefix("vision_tower.")
+        if name in sources:
+            raise ValueError(f"{name} is in the source twice, with and without its inner vision_model.; remove one")
+        sources[name] = tensor
+    return sources
+
+
+def _is_passenger(name: str, config: Config) -> bool:
+    layer = _VISION_LAYER.fullmatch(name)
+    if layer:
+        return config.model.vision.built_layers <= int(layer[1]) < config.model.vision.num_layers
+    return any(pattern.fullmatch(name) for pattern in _PASSENGERS)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) == tuple(shape):
+        return
+    hint = "; pass resize_positions=True to interpolate it" if "position_embedding" in name else ""
+    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the configuration asks for {tuple(shape)}; correct the model section{hint}")
+
+
+def _refuse(missing, unexpected) -> None:
+    if missing or unexpected:
+        raise ValueError(
+            f"{len(missing)} missing tensors: {sorted(missing)}; {len(unexpected)} unexpected: {sorted(unexpected)}; "
+            "the model section of the configuration must describe exactly these weights"
+        )

@@ -1,0 +1,68 @@
+"""The transformer layer of both towers: Megatron's, with our attention and norms, on Megatron's or Transformer Engine's linears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
+from megatron.core.models.gpt import gpt_layer_specs  # isort: skip
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # isort: skip
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # isort: skip
+from megatron.core.transformer.enums import AttnMaskType  # isort: skip
+from megatron.core.transformer.mlp import MLP, MLPSubmodules  # isort: skip
+from megatron.core.transformer.spec_utils import ModuleSpec  # isort: skip
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # isort: skip
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # isort: skip
+
+
+def local_layer(norm: type, core_attention: Callable, mask: AttnMaskType) -> ModuleSpec:
+    """Pre-norm layer on Megatron's own linears. Sharded names equal Transformer Engine's, so that checkpoints fit both kinds."""
+    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=core_attention, linear_proj=RowParallelLinear)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def te_layer(core_attention: Callable, mask: AttnMaskType) -> ModuleSpec:
+    """The same layer on Transformer Engine's linears, each norm fused into the linear that follows it.
+
+    Raises:
+        ValueError: Transformer Engine is not installed.
+    """
+    if not gpt_layer_specs.HAVE_TE:
+        raise ValueError(
+            "model.layers=te needs Transformer Engine, which this Python cannot import; "
+            "install it on a CUDA machine (pip install 'megatron-longvila[te]') or set model.layers=local"
+        )
+    spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+    attention = spec.submodules.self_attention
+    attention.params = {"attn_mask_type": mask}
+    attention.submodules.core_attention = core_attention
+    return spec
+
+
+def block_spec(layers: str, num_layers: int, norm: type, core_attention: Callable, mask: AttnMaskType) -> TransformerBlockSubmodules:
+    """`num_layers` equal layers and their final norm.
+
+    Args:
+        layers: `local` or `te`.
+        norm: class of the norms (final norm included) of `local` layers, and of the final norm of `te` layers.
+        core_attention: called with the keyword arguments Megatron gives a core attention class.
+    """
+    layer = te_layer(core_attention, mask) if layers == "te" else local_layer(norm, core_attention, mask)
+    # Megatron picks its own norm class, which refuses sequence parallelism, unless the whole block is spelled out.
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

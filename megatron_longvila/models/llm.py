@@ -1,0 +1,92 @@
+"""Qwen2 and Llama decoders: Megatron's GPTModel with our norm, rotary angles and 2D attention.
+
+Shapes: T rows of this cp rank (tp rank for hidden states under sequence parallelism), D hidden size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from megatron_longvila import platform
+from megatron_longvila.attention.backends import Backend, get_backend
+from megatron_longvila.attention.core_attention import CoreAttention, SequenceParams
+from megatron_longvila.config import Config
+from megatron_longvila.models.layer_spec import block_spec
+from megatron_longvila.models.norms import RMSNorm
+from megatron_longvila.models.rope import inverse_frequencies, rotary_angles
+from megatron_longvila.models.transformer_config import pipeline_layers, transformer_config
+from megatron_longvila.parallel.groups import Groups
+from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
+
+from megatron.core.models.gpt import GPTModel  # isort: skip
+from megatron.core.transformer.enums import AttnMaskType  # isort: skip
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # isort: skip
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+
+__all__ = ["LanguageModel", "layer_spec", "transformer_config"]
+
+
+def layer_spec(config: Config, groups: Groups, backend: Backend, transport: str) -> TransformerBlockSubmodules:
+    """Layers of this rank's pipeline stage; `transport` is how the ring axis moves keys and values, `all_gather` or `p2p`."""
+    stages = pipeline_layers(config.model.llm.num_layers, groups.mesh.pp_size, config.parallel.pipeline_layers)
+    core_attention = partial(CoreAttention, groups=groups, backend=backend, transport=transport)
+    return block_spec(config.model.layers, stages[groups.pp.rank()], RMSNorm, core_attention, AttnMaskType.causal)
+
+
+def ring_transport(config: Config, groups: Groups) -> str:
+    """`parallel.ring_transport` with `auto` resolved: all_gather while every ring group stays on one host, p2p otherwise.
+
+    `parallel.gpus_per_host` may still be `auto` here: it then means that all ranks are on one host.
+    """
+    parallel, mesh = config.parallel, groups.mesh
+    if parallel.ring_transport != "auto":
+        return parallel.ring_transport
+    hosted = mesh.world_size if parallel.gpus_per_host == "auto" else parallel.gpus_per_host
+    # cp groups start at multiples of their span: a ring stays on one host if the host size is a multiple of that span.
+    return "all_gather" if hosted % (mesh.tp_size * mesh.cp_size) == 0 else "p2p"
+
+
+class LanguageModel(GPTModel):
+    """One pipeline stage of the decoder: stage 0 has `embedding`, the last stage the final norm and `output_layer`."""
+
+    def __init__(self, config: Config, groups: Groups, megatron_config: TransformerConfig):
+        """`megatron_config` is `transformer_config(config, groups)`, shared with the enclosing model as Megatron's schedules expect."""
+        llm = config.model.llm
+        spec = layer_spec(config, groups, get_backend(config.model.attention_backend), ring_transport(config, groups))
+        super().__init__(
+            megatron_config,
+            spec,
+            vocab_size=llm.padded_vocab_size,
+            max_sequence_length=llm.max_position_embeddings,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            share_embeddings_and_output_weights=llm.tie_embeddings,
+            # Angles come from explicit positions in forward. Megatron's own rotary module counts rows from 0 and assumes its cp layout.
+            position_embedding_type="none",
+            # The caller scatters, after it has put the visual tokens in their rows.
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=groups.pg,
+        )
+        # Not a buffer: a model turned into bf16 would round its buffers, and the frequencies with them.
+        self.inv_freq = inverse_frequencies(llm).to(platform.device())
+
+    def forward(self, decoder_input: Tensor | None, positions_T: Tensor, seq_params: SequenceParams) -> Tensor:
+        """Hidden states of this stage; logits are the loss's business.
+
+        Args:
+            decoder_input: [T, 1, D] on the first stage, [T / tp, 1, D] with sequence_parallel; None on the others, whose input Megatron's
+                schedules hand to `set_input_tensor`.
+            positions_T: int64 [T], all rows of this cp rank also with sequence_parallel (queries are gathered over tp before the rotation).
+            seq_params: the layout of the row over cp.
+
+        Returns:
+            The shape of decoder_input; on the last stage after the final norm.
+        """
+        return self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=None,
+            rotary_pos_emb=rotary_angles(positions_T, self.inv_freq),
+            packed_seq_params=seq_params,
+        )

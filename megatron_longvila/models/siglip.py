@@ -1,0 +1,96 @@
+"""SigLIP vision tower up to the hidden state that LongVILA uses: 26 of so400m's 27 layers, no post-norm, no pooling head.
+
+Shapes: F frames, P patches of a frame, C = 3 channels, S side of a frame in pixels, D hidden size, N heads of this tp rank, H head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_longvila import platform
+from megatron_longvila.config import Config
+from megatron_longvila.models.layer_spec import block_spec
+from megatron_longvila.models.norms import LayerNorm
+from megatron_longvila.models.transformer_config import vision_transformer_config
+from megatron_longvila.parallel.groups import Groups
+from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
+
+from megatron.core.transformer.enums import AttnMaskType  # isort: skip
+from megatron.core.transformer.module import MegatronModule  # isort: skip
+from megatron.core.transformer.transformer_block import TransformerBlock  # isort: skip
+
+
+class FullAttention(torch.nn.Module):
+    """Attention of every patch of a frame to every other, as a Megatron core attention."""
+
+    def __init__(self, config, softmax_scale: float | None = None, **_):
+        """`_`: layer number, mask type, groups, ... of Megatron's constructor contract, which do not matter without a mask."""
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
+        """query, key, value: [P, F, N, H]; returns [P, F, N * H]. The mask is None."""
+        q_FNPH, k_FNPH, v_FNPH = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out_FNPH = F.scaled_dot_product_attention(q_FNPH, k_FNPH, v_FNPH, scale=self.scale)
+        return out_FNPH.permute(2, 0, 1, 3).flatten(2)
+
+
+class SiglipTower(MegatronModule):
+    """Frames to patch features. Its heads are spread over tp; pipeline, cp and sequence parallelism do not concern it."""
+
+    def __init__(self, config: Config, groups: Groups):
+        """Raises ValueError for `dynamic` preprocessing, for an image smaller than a patch and for sizes tp does not divide."""
+        super().__init__(vision_transformer_config(config, groups))
+        vision = config.model.vision
+        if vision.preprocess == "dynamic":
+            raise ValueError(
+                "model.vision.preprocess=dynamic (an image becomes 1 to 12 tiles and a thumbnail) is not supported: an image's number of "
+                "tokens would depend on its shape; use resize (what LongVILA does with video frames) or pad"
+            )
+        if not 1 <= vision.built_layers <= vision.num_layers:
+            raise ValueError(
+                f"model.vision.select_layer={vision.select_layer} must name a hidden state after layer 1 of {vision.num_layers}, "
+                f"counted from the end: -{vision.num_layers} to -1"
+            )
+        if vision.grid_size < 1:
+            raise ValueError(f"model.vision.image_size={vision.image_size} must be at least patch_size={vision.patch_size}")
+        self.tp_group = groups.tp
+        kwargs = dict(device=platform.device(), dtype=self.config.params_dtype)
+        self.patch_embedding = torch.nn.Conv2d(3, vision.hidden_size, vision.patch_size, stride=vision.patch_size, **kwargs)
+        self.position_table = torch.nn.Parameter(torch.empty(vision.grid_size**2, vision.hidden_size, **kwargs))
+        for parameter in (*self.patch_embedding.parameters(), self.position_table):
+            torch.nn.init.constant_(parameter, float("nan"))
+        spec = block_spec(config.model.layers, vision.built_layers, LayerNorm, FullAttention, AttnMaskType.no_mask)
+        self.encoder = TransformerBlock(self.config, spec, post_layer_norm=False, pg_collection=groups.pg)
+
+    def forward(self, pixels_FCSS: Tensor) -> Tensor:
+        """Features [F, P, D] in the parameters' dtype, F >= 0.
+
+        Args:
+            pixels_FCSS: [F, 3, S, S], any floating dtype, scaled to [-1, 1]. Pixels right of and below the last whole patch are not seen.
+        """
+        patches_FDgg = self.patch_embedding(pixels_FCSS.to(self.config.params_dtype))
+        embedded_FPD = patches_FDgg.flatten(2).transpose(1, 2) + self.position_table
+        return self.encoder(embedded_FPD.transpose(0, 1).contiguous(), attention_mask=None).transpose(0, 1)
+
+
+def resize_position_table(table_PD: Tensor, num_patches: int) -> Tensor:
+    """Position table for another number of patches: linear interpolation along the flattened index, first and last rows kept.
+
+    This is VILA's rule for `vision_resolution` (not the usual two-dimensional one), with one correction: where a new position falls
+    exactly on an old row, VILA's weights (the distances to the rows above and below, which are then the same row) are both zero and so
+    is the result. Here the old row is taken, so the same number of patches gives the same table.
+
+    Returns:
+        [num_patches, D] in the table's dtype; interpolated in fp32.
+    """
+    old_patches = table_PD.shape[0]
+    # Integers until the last division: a position that is exactly an old row must not miss it by rounding.
+    numerators = torch.arange(num_patches, device=table_PD.device) * (old_patches - 1)
+    steps = max(num_patches - 1, 1)
+    below = numerators // steps
+    above = (below + 1).clamp(max=old_patches - 1)
+    weight_above = ((numerators % steps).float() / steps)[:, None]
+    return (table_PD[below].float() * (1 - weight_above) + table_PD[above].float() * weight_above).to(table_PD.dtype)
