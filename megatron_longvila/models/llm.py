@@ -13,10 +13,11 @@ from megatron_longvila import platform
 from megatron_longvila.attention.backends import Backend, get_backend
 from megatron_longvila.attention.core_attention import CoreAttention, SequenceParams
 from megatron_longvila.config import Config
+from megatron_longvila.mesh import pipeline_layers
 from megatron_longvila.models.layer_spec import block_spec
 from megatron_longvila.models.norms import RMSNorm
 from megatron_longvila.models.rope import inverse_frequencies, rotary_angles
-from megatron_longvila.models.transformer_config import pipeline_layers, transformer_config
+from megatron_longvila.models.transformer_config import transformer_config
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 

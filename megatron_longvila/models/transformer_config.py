@@ -1,4 +1,4 @@
-"""From our configuration to Megatron's `TransformerConfig`, for the decoder and for the vision tower; layers of each pipeline stage."""
+"""From our configuration to Megatron's `TransformerConfig`, for the decoder and for the vision tower."""
 
 from __future__ import annotations
 
@@ -10,29 +10,13 @@ from torch.nn import functional as F
 
 from megatron_longvila import platform
 from megatron_longvila.config import Config
+from megatron_longvila.mesh import pipeline_layers
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def pipeline_layers(num_layers: int, pp_size: int, wanted: list[int]) -> list[int]:
-    """Decoder layers of each pipeline stage: `wanted`, or if that is empty as even as possible with the earlier stages smaller.
-
-    Raises:
-        ValueError: `wanted` has not one positive number per stage, or does not sum to num_layers; or there are fewer layers than stages.
-    """
-    if not wanted:
-        base, extra = divmod(num_layers, pp_size)
-        wanted = [base] * (pp_size - extra) + [base + 1] * extra
-    if len(wanted) != pp_size or sum(wanted) != num_layers or min(wanted) < 1:
-        raise ValueError(
-            f"pipeline_layers={wanted} must be {pp_size} positive numbers (pp_size) that sum to {num_layers} (model.llm.num_layers); "
-            "change them, or leave pipeline_layers empty for an even split"
-        )
-    return wanted
 
 
 def transformer_config(config: Config, groups: Groups) -> TransformerConfig:
