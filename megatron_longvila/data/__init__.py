@@ -1,0 +1,1 @@
+"""Media and dialogues on disk to rows of frames and tokens."""

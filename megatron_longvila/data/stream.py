@@ -1,0 +1,329 @@
+"""One video stream read exactly by frame index: the packet list, seeking per group of pictures, orientation.
+
+Positions count packets in decode order; indices count frames in presentation order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+from PIL import Image
+
+from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, open_source, sniff
+
+# Read ahead of the demuxer: fewer calls into Python per hour of video (PyAV's default is 32 KiB), little waste per seek.
+_BUFFER_BYTES = 1 << 18
+# Decoders that may drop the frames no other frame refers to. H.264 marks them exactly. HEVC is left out: a "sub-layer non-reference"
+# picture may still be referred to by a higher temporal layer, and FFmpeg drops it all the same; so are AV1 and VP9 (nothing to gain).
+_SKIPS_UNREFERENCED = ("h264", "mpeg4", "mpeg2video")
+_ORIENTATIONS = {  # signs of the display matrix (a, b, c, d): x' = a x + c y, y' = b x + d y -> (clockwise degrees, Pillow's transpose)
+    (1, 0, 0, 1): (0, None),
+    (0, 1, -1, 0): (90, Image.Transpose.ROTATE_270),  # Pillow turns counter-clockwise
+    (-1, 0, 0, -1): (180, Image.Transpose.ROTATE_180),
+    (0, -1, 1, 0): (270, Image.Transpose.ROTATE_90),
+    (-1, 0, 0, 1): (0, Image.Transpose.FLIP_LEFT_RIGHT),
+    (1, 0, 0, -1): (180, Image.Transpose.FLIP_TOP_BOTTOM),
+    (0, 1, 1, 0): (90, Image.Transpose.TRANSPOSE),
+    (0, -1, -1, 0): (270, Image.Transpose.TRANSVERSE),
+}
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The frames of a stream in presentation order.
+
+    Attributes:
+        pts_F: int64 time stamp of each frame in the stream's time base.
+        position_F: int64 packet position of each frame.
+        key_position_F: int64 position of the keyframe from which the frame decodes exactly. A leading picture (shown before the
+            keyframe that precedes it in the file, open groups of pictures) belongs to the keyframe before that one.
+        packets: position by pts of every packet; empty when stamps are missing or repeat: frames are then counted while decoding.
+        key_stamps: (pts, dts) by position of every keyframe.
+        duration_s: from the first stamp to the end of the last frame.
+    """
+
+    pts_F: np.ndarray
+    position_F: np.ndarray
+    key_position_F: np.ndarray
+    packets: dict[int, int]
+    key_stamps: dict[int, tuple[int, int]]
+    duration_s: float
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.pts_F)
+
+
+class VideoStream:
+    """The video track of a container, opened over any source. Close it, or use it as a context manager.
+
+    Raises MediaError when the container has no video track, is damaged beyond opening, or is past a limit.
+    """
+
+    def __init__(self, source, deadline: Deadline, limits: MediaLimits):
+        self._deadline, self._limits = deadline, limits
+        self._file = open_source(source, limits)
+        self._container = None
+        self._timeline: Timeline | None = None
+        self._transpose: Image.Transpose | None = None
+        self.rotation = 0
+        try:
+            found = sniff(self._file.read(SNIFF_BYTES))
+            if found.is_image:
+                raise MediaError(f"is an image ({found.extension}), not a video")
+            self.extension, self._demuxer = found.extension, found.reader
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> VideoStream:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+        self._file.close()
+
+    @property
+    def timeline(self) -> Timeline:
+        """Made at the first use by demuxing every packet once (reading the file, decoding nothing)."""
+        if self._timeline is None:
+            self._timeline = self._scan()
+        return self._timeline
+
+    def upright_size(self) -> tuple[int, int]:
+        """(width, height) of the first frame that decodes, as it is meant to be seen. Raises MediaError when none does."""
+        for index in range(min(self.timeline.num_frames, 32)):  # a stream may begin with a few damaged frames
+            sizes = self.read([index], lambda frame: self.to_image(frame).size)
+            if sizes:
+                return sizes[index]
+        raise MediaError("has a video track, but its first frames do not decode")
+
+    def to_image(self, frame: av.VideoFrame, size: tuple[int, int] | None = None) -> Image.Image:
+        """Upright RGB picture; `size` (width, height before rotation) lets the decoder's scaler resize it."""
+        if frame.width * frame.height > self._limits.max_pixels:
+            raise MediaError(f"has a frame of {frame.width} x {frame.height} pixels, more than max_pixels={self._limits.max_pixels}")
+        if size is None:
+            rgb_HW3 = frame.to_ndarray(format="rgb24")
+        else:
+            rgb_HW3 = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="BICUBIC").to_ndarray()
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is not None:
+            self.rotation, self._transpose = _orientation(np.frombuffer(bytes(matrix), np.int32))
+        image = Image.fromarray(rgb_HW3)
+        return image if self._transpose is None else image.transpose(self._transpose)
+
+    def read(self, indices: list[int], convert: Callable[[av.VideoFrame], object]) -> dict[int, object]:
+        """`convert(frame)` of each sorted index; frames that do not decode, or only with errors, are missing from the result."""
+        if not self.timeline.packets:
+            return self._read_counting(set(indices), convert)
+        found = self._read_groups(indices, convert, earlier=0)
+        missing = [index for index in indices if index not in found]
+        if missing:  # a keyframe that was none (gradual refresh), or damage: once more from one group further back
+            found.update(self._read_groups(missing, convert, earlier=1))
+        return found
+
+    def _open(self) -> None:
+        def refuse(url, *_):
+            raise MediaError(f"wants to open another file ({url!r})")
+
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+        self._file.seek(0)
+        limits = {"max_streams": str(self._limits.max_streams), "max_pixels": str(self._limits.max_pixels), "protocol_whitelist": ""}
+        try:
+            # metadata_errors: titles and comments in any encoding must not make a video unreadable
+            self._container = av.open(
+                self._file, format=self._demuxer, options=limits, buffer_size=_BUFFER_BYTES, metadata_errors="replace", io_open=refuse
+            )
+        except (av.FFmpegError, MemoryError, UnicodeError) as error:
+            raise MediaError(f"cannot be opened as {self.extension}: {_reason(error)}") from error
+        if len(self._container.streams) > self._limits.max_streams:
+            raise MediaError(f"has {len(self._container.streams)} streams, more than max_streams={self._limits.max_streams}")
+        videos = [stream for stream in self._container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic]
+        if not videos:
+            kinds = sorted({stream.type for stream in self._container.streams}) or ["nothing"]
+            raise MediaError(f"has no video track (it holds {', '.join(kinds)})")
+        self._stream = videos[0]
+        for stream in self._container.streams:
+            if stream.index != self._stream.index:
+                stream.discard = av.stream.Discard.all
+        context = self._stream.codec_context
+        if context is None:
+            raise MediaError("is coded with a codec that this build of PyAV cannot decode")
+        if context.width * context.height > self._limits.max_pixels:
+            raise MediaError(f"has frames of {context.width} x {context.height} pixels, more than max_pixels={self._limits.max_pixels}")
+        self.codec = context.name if context.name != "libdav1d" else "av1"
+        context.thread_count = 1  # the loader runs many decoders side by side; and skipping per packet needs a decoder without lag
+        context.options = {"max_pixels": str(self._limits.max_pixels)}
+
+    def _packets(self) -> Iterator[av.Packet]:
+        """Packets of the video track from where the container stands; ends at the end of the file or where the container breaks off."""
+        packets = self._container.demux(self._stream)
+        while True:
+            self._deadline.check("reading packets")
+            try:
+                packet = next(packets, None)
+            except av.FFmpegError:
+                return  # a cut file: what came before is still good
+            if packet is None or packet.size == 0:
+                return
+            yield packet
+
+    def _scan(self) -> Timeline:
+        stamps, keys, shown = [], [], []
+        last_duration = 0
+        for packet in self._packets():
+            stamps.append((packet.pts, packet.dts))
+            keys.append(packet.is_keyframe)
+            shown.append(not packet.is_discard)  # edit lists hide frames that only serve as references
+            if len(stamps) > self._limits.max_frames:
+                raise MediaError(f"has more than max_frames={self._limits.max_frames} frames")
+            if packet.pts is not None and packet.pts >= max((pts for pts, _ in stamps[-2:] if pts is not None), default=packet.pts):
+                last_duration = packet.duration or 0
+        if not stamps:
+            raise MediaError("has a video track without a single packet")
+        packets = {pts: position for position, (pts, _) in enumerate(stamps)}
+        if None in packets or len(packets) < len(stamps) or not any(keys):
+            return self._count_by_decoding()
+        key_stamps = {position: (stamps[position][0], stamps[position][1]) for position, is_key in enumerate(keys) if is_key}
+        rows, key_positions = [], sorted(key_stamps)
+        group = -1
+        for position, (pts, _) in enumerate(stamps):
+            group += position in key_stamps
+            owner = group if group >= 0 and pts >= key_stamps[key_positions[group]][0] else group - 1
+            if owner >= 0 and shown[position]:  # without a keyframe before it, a frame of a cut stream cannot be decoded
+                rows.append((pts, position, key_positions[owner]))
+        if not rows:
+            raise MediaError("has a video track, but no frame that decodes on its own")
+        pts_F, position_F, key_position_F = np.array(sorted(rows), np.int64).T
+        return Timeline(pts_F, position_F, key_position_F, packets, key_stamps, self._duration_s(pts_F, last_duration))
+
+    def _duration_s(self, pts_F: np.ndarray, last_duration: int) -> float:
+        if last_duration <= 0:
+            rate = self._stream.average_rate or Fraction(25)
+            last_duration = int(np.median(np.diff(pts_F))) if len(pts_F) > 1 else max(1, int(1 / (rate * self._stream.time_base)))
+        return float((int(pts_F[-1]) - int(pts_F[0]) + last_duration) * self._stream.time_base)
+
+    def _count_by_decoding(self) -> Timeline:
+        """Streams whose packets lack usable time stamps (old AVI and MPEG files): the real frames are those that the decoder shows."""
+        self._open()
+        frames = [frame.pts for packet in [*self._packets_then_flush()] for frame in self._decode(packet)]
+        if not frames:
+            raise MediaError("has a video track, but no frame of it decodes")
+        rate = self._stream.average_rate or Fraction(25)
+        none = np.full(len(frames), -1, np.int64)
+        return Timeline(np.arange(len(frames)), none, none, {}, {}, float(len(frames) / rate))
+
+    def _packets_then_flush(self) -> Iterator[av.Packet | None]:
+        yield from self._packets()
+        yield None
+
+    def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        """Frames that come out after this packet (None drains the decoder); a damaged packet gives none."""
+        self._deadline.check("decoding")
+        try:
+            return self._stream.codec_context.decode(packet)
+        except av.FFmpegError:
+            return []
+
+    def _read_counting(self, wanted: set[int], convert: Callable) -> dict[int, object]:
+        self._open()
+        found, index = {}, 0
+        for packet in self._packets_then_flush():
+            for frame in self._decode(packet):
+                if index in wanted and not frame.is_corrupt:
+                    found[index] = convert(frame)
+                index += 1
+            if len(found) == len(wanted):
+                break
+        return found
+
+    def _read_groups(self, indices: list[int], convert: Callable, *, earlier: int) -> dict[int, object]:
+        """Visit the groups of pictures that hold `indices`, in decode order; `earlier` starts each visit that many keyframes before."""
+        timeline, found = self.timeline, {}
+        keys = sorted(timeline.key_stamps)
+        pending = sorted(indices, key=lambda index: int(timeline.position_F[index]))
+        while pending:
+            number = keys.index(int(timeline.key_position_F[pending[0]]))
+            start = keys[max(0, number - earlier)]
+            # One visit covers all frames whose keyframe it has passed anyway: those of the same group, and of groups that follow without a gap.
+            visit = [pending[0]]
+            for index in pending[1:]:
+                if int(timeline.key_position_F[index]) > int(timeline.position_F[visit[-1]]) + 1:
+                    break
+                visit.append(index)
+            pending = pending[len(visit) :]
+            self._visit(start, visit, convert, found)
+        return found
+
+    def _visit(self, start: int, visit: list[int], convert: Callable, found: dict[int, object]) -> None:
+        """Decode from the keyframe at position `start` until the frames `visit` have come out."""
+        timeline = self.timeline
+        wanted = {int(timeline.pts_F[index]): index for index in visit}
+        last, start_pts = int(timeline.position_F[visit[-1]]), timeline.key_stamps[start][0]
+        context, skips = self._stream.codec_context, self.codec in _SKIPS_UNREFERENCED
+        for position, packet in self._packets_from(start):
+            if position < start or (start < position and packet.pts < start_pts):
+                continue  # before the keyframe, or a leading picture that refers to what lies before it
+            if skips:
+                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            self._keep(self._decode(packet), wanted, convert, found)
+            if position >= last:
+                break
+        if skips:
+            context.skip_frame = "DEFAULT"
+        self._keep(self._decode(None), wanted, convert, found)
+
+    def _keep(self, frames: list[av.VideoFrame], wanted: dict[int, int], convert: Callable, found: dict[int, object]) -> None:
+        for frame in frames:
+            if frame.pts in wanted and not frame.is_corrupt:
+                found[wanted[frame.pts]] = convert(frame)
+
+    def _packets_from(self, start: int) -> Iterator[tuple[int, av.Packet]]:
+        """(position, packet) from a packet at or before position `start`.
+
+        Where a seek lands differs by container (decode or presentation stamps, keyframes or any packet), so the landing is checked
+        against the packet list and the seek repeated from further back; the last resort is the beginning of the file.
+        """
+        packets, key_stamps = self.timeline.packets, self.timeline.key_stamps
+        before = [position for position in sorted(key_stamps) if position < start]
+        targets = [*key_stamps[start], *(key_stamps[before[-back]][1] for back in (1, 2) if len(before) >= back)]
+        for target in (target for target in targets if target is not None and start > 0):
+            try:
+                self._container.seek(target, stream=self._stream)
+            except (av.FFmpegError, OSError):
+                continue
+            stream = self._packets()
+            first = next(stream, None)
+            if first is not None and packets.get(first.pts, start + 1) <= start:
+                yield packets[first.pts], first
+                yield from ((packets.get(packet.pts, -1), packet) for packet in stream)
+                return
+        self._open()
+        yield from ((packets.get(packet.pts, -1), packet) for packet in self._packets())
+
+
+def _orientation(matrix_9: np.ndarray) -> tuple[int, Image.Transpose | None]:
+    """Clockwise degrees and Pillow's transpose for a 3 x 3 display matrix, rounded to the nearest of the eight axis-aligned ones."""
+    a, b, c, d = (int(matrix_9[position]) for position in (0, 1, 3, 4))
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        b = c = 0
+    else:
+        a = d = 0
+    signs = tuple((value > 0) - (value < 0) for value in (a, b, c, d))
+    return _ORIENTATIONS.get(signs, (0, None))
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
