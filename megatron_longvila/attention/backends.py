@@ -1,0 +1,227 @@
+"""Attention of one block of queries on one block of keys: cuDNN and FlashAttention through private aten operations, and the fp32 reference.
+
+Shapes: T query rows, S key rows, N query heads, K key/value heads (K divides N; query head n uses key/value head n // (N/K)), H head dim.
+Tensors may be strided views as long as the last dimension is contiguous.
+
+The aten operations are private and may change with any torch release. Their schemas are compared with `ACCEPTED_SCHEMAS` when a backend
+is built, and an unknown one is refused. To add a torch version: print `live_schemas()` there, read what changed, run tests/gpu, add it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_longvila import platform
+from megatron_longvila.kernels import reference
+
+_FORWARD_RESULT = "(Tensor output, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, "
+ACCEPTED_SCHEMAS: dict[str, tuple[str, ...]] = {
+    "_scaled_dot_product_cudnn_attention": (
+        "aten::_scaled_dot_product_cudnn_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, "
+        "float dropout_p=0., bool is_causal=False, bool return_debug_mask=False, *, float? scale=None) -> "
+        + _FORWARD_RESULT
+        + "Tensor philox_seed, Tensor philox_offset, Tensor debug_attn_mask)",
+    ),
+    "_scaled_dot_product_cudnn_attention_backward": (
+        "aten::_scaled_dot_product_cudnn_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
+        "Tensor logsumexp, Tensor philox_seed, Tensor philox_offset, Tensor attn_bias, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, "
+        "SymInt max_k, float dropout_p, bool is_causal, *, float? scale=None) -> (Tensor, Tensor, Tensor)",
+    ),
+    "_scaled_dot_product_flash_attention": (
+        "aten::_scaled_dot_product_flash_attention(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, "
+        "bool return_debug_mask=False, *, float? scale=None) -> "
+        + _FORWARD_RESULT
+        + "Tensor rng_state, Tensor unused, Tensor debug_attn_mask)",
+    ),
+    "_scaled_dot_product_flash_attention_backward": (
+        "aten::_scaled_dot_product_flash_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
+        "Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, "
+        "Tensor philox_seed, Tensor philox_offset, *, float? scale=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    ),
+}
+
+
+class Backend(Protocol):
+    """One way to compute attention. `causal` means that row t sees keys 0..t and needs T == S."""
+
+    name: str
+
+    def check(self, *, head_dim: int, dtype: torch.dtype) -> None:
+        """Raise a ValueError with the way out if this backend cannot compute such heads."""
+
+    def forward(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """Returns (out_TNH in the dtype of q, lse_TN fp32, natural logarithm, scale included)."""
+
+    def backward(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, *, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (dq_TNH, dk_SKH, dv_SKH) in the dtype of q.
+
+        `out` and `lse` are those over all keys of each row, merged over every block, not of this block alone: then the gradients of
+        the blocks add up to the exact ones.
+        """
+
+
+class ReferenceBackend:
+    """Plain matrix products in fp32 (fp64 for fp64 inputs), any device, dtype and head dim; the LSE has the dtype of the products."""
+
+    name = "reference"
+
+    def check(self, *, head_dim: int, dtype: torch.dtype) -> None:
+        """Everything is possible."""
+
+    def forward(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Backend.forward`."""
+        return reference.attention_forward(q_TNH, k_SKH, v_SKH, causal=causal, scale=scale)
+
+    def backward(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, *, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend.backward`."""
+        return reference.attention_backward(grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal=causal, scale=scale)
+
+
+class _AtenBackend:
+    """What both aten backends share: construction checks, and the layout [1, N, T, H] (a view: only the strides change)."""
+
+    name: str
+    max_head_dim: int
+    other: str  # the backend to suggest
+
+    def __init__(self):
+        """Raises ValueError without a GPU, RuntimeError where an operation's schema is unknown."""
+        if platform.is_cpu():
+            raise ValueError(
+                f"attention backend {self.name!r} needs an NVIDIA GPU and there is none; "
+                f"set model.attention_backend to 'reference' or 'auto'"
+            )
+        operation = f"_scaled_dot_product_{self.name}_attention"
+        check_schemas(operation, f"{operation}_backward")
+
+    def check(self, *, head_dim: int, dtype: torch.dtype) -> None:
+        """bf16 or fp16, head dim a multiple of 8 up to `max_head_dim`."""
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"attention backend {self.name!r} computes in bfloat16 or float16, not {dtype}; train in bf16 or set "
+                f"model.attention_backend to 'reference'"
+            )
+        if head_dim % 8 or head_dim > self.max_head_dim:
+            raise ValueError(
+                f"head_dim={head_dim} does not fit attention backend {self.name!r}: it must be a multiple of 8 and at most "
+                f"{self.max_head_dim}; set model.attention_backend to {self.other}"
+            )
+
+
+class CudnnBackend(_AtenBackend):
+    """cuDNN's fused attention. 1.7x FlashAttention-2 on Hopper (600 against 345 TFLOP/s forward at 32K tokens).
+
+    cuDNN refuses a single key: such a block (a sample of one token, or one chunk of one token) is computed by the reference.
+    """
+
+    name, max_head_dim, other = "cudnn", 128, "'flash' (head dims up to 256) or 'reference'"
+
+    def forward(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Backend.forward`."""
+        if k_SKH.shape[0] == 1:
+            return reference.attention_forward(q_TNH, k_SKH, v_SKH, causal=causal, scale=scale)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            _to_aten(q_TNH), _to_aten(k_SKH), _to_aten(v_SKH), None, True, 0.0, causal, False, scale=scale
+        )
+        return _from_aten(out), lse.reshape(q_TNH.shape[1], q_TNH.shape[0]).t()
+
+    def backward(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, *, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend.backward`."""
+        if k_SKH.shape[0] == 1:
+            return reference.attention_backward(grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal=causal, scale=scale)
+        unused = torch.empty((), dtype=torch.int64, device=q_TNH.device)  # random state of the dropout that is never applied
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *(_to_aten(x) for x in (grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH)),
+            lse_TN.t().contiguous()[None, :, :, None],
+            unused,
+            unused,
+            None,  # bias
+            None,  # cumulative lengths: one dense block
+            None,
+            q_TNH.shape[0],
+            k_SKH.shape[0],
+            0.0,  # dropout
+            causal,
+            scale=scale,
+        )
+        return tuple(_from_aten(grad) for grad in grads)
+
+
+class FlashBackend(_AtenBackend):
+    """FlashAttention-2 as bundled with torch."""
+
+    name, max_head_dim, other = "flash", 256, "'reference'"
+
+    def forward(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Backend.forward`."""
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            _to_aten(q_TNH), _to_aten(k_SKH), _to_aten(v_SKH), 0.0, causal, False, scale=scale
+        )
+        return _from_aten(out), lse.squeeze(0).t()
+
+    def backward(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, *, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend.backward`."""
+        unused = torch.empty(2, dtype=torch.uint64, device=q_TNH.device)  # random state of the dropout that is never applied
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            *(_to_aten(x) for x in (grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH)),
+            lse_TN.t().contiguous()[None],
+            None,  # cumulative lengths: one dense block
+            None,
+            q_TNH.shape[0],
+            k_SKH.shape[0],
+            0.0,  # dropout
+            causal,
+            unused,
+            unused,
+            scale=scale,
+        )
+        return tuple(_from_aten(grad) for grad in grads)
+
+
+BACKENDS: dict[str, type] = {backend.name: backend for backend in (ReferenceBackend, CudnnBackend, FlashBackend)}
+
+
+def get_backend(name: str) -> Backend:
+    """Build the backend of that name; `auto` is cuDNN on a GPU and the reference on a CPU.
+
+    Raises:
+        ValueError: an unknown name, or a GPU backend on a machine without a GPU.
+        RuntimeError: this torch release changed one of the private operations.
+    """
+    if name == "auto":
+        name = "reference" if platform.is_cpu() else "cudnn"
+    if name not in BACKENDS:
+        raise ValueError(f"attention backend {name!r} is unknown; choose one of {sorted(BACKENDS)} or 'auto'")
+    return BACKENDS[name]()
+
+
+def live_schemas() -> dict[str, str]:
+    """Schemas of the private operations in the torch that runs, by name; '' where an operation is missing."""
+    operations = {name: getattr(torch.ops.aten, name, None) for name in ACCEPTED_SCHEMAS}
+    return {name: "" if operation is None else str(operation.default._schema) for name, operation in operations.items()}
+
+
+def check_schemas(*names: str) -> None:
+    """Raise a RuntimeError naming the versions if one of these operations is not as accepted."""
+    live = live_schemas()
+    for name in names:
+        if live[name] not in ACCEPTED_SCHEMAS[name]:
+            raise RuntimeError(
+                f"aten.{name} of torch {torch.__version__} is not the one known from torch 2.11 to 2.13:\n"
+                f"  here  {live[name] or 'missing'}\n  known {' | '.join(ACCEPTED_SCHEMAS[name])}\n"
+                f"install a known torch, set model.attention_backend to 'reference', or check the change, run tests/gpu "
+                f"and add the schema to ACCEPTED_SCHEMAS"
+            )
+
+
+def _to_aten(x_TNH: Tensor) -> Tensor:
+    """[T, N, H] -> [1, N, T, H], a view."""
+    return x_TNH.transpose(0, 1).unsqueeze(0)
+
+
+def _from_aten(x_1NTH: Tensor) -> Tensor:
+    """[1, N, T, H] -> [T, N, H], a view."""
+    return x_1NTH.squeeze(0).transpose(0, 1)

@@ -1,0 +1,1 @@
+"""Kernels on plain tensors, each with its plain-PyTorch twin in `reference`."""

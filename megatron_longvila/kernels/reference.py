@@ -1,0 +1,110 @@
+"""Plain-PyTorch twins: the formulas of every kernel, on any device, computed in fp32 (in fp64 for fp64 inputs).
+
+Shapes: T query rows, S key rows, N query heads, K key/value heads, G = N / K query heads per key/value head, H head dim, C rows of a chunk.
+Query head n uses key/value head n // G, as in Megatron and Hugging Face. `causal` means that row t sees keys 0..t; it needs T == S.
+The log-sum-exp (LSE) is the natural logarithm of the softmax denominator of scale * q k^T.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Scores held at a time: 2^24 fp32 values are 64 MiB; the backward pass holds three such buffers.
+MAX_SCORES = 1 << 24
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums over inputs of `dtype`: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _row_chunks(num_rows: int, scores_per_row: int, max_scores: int) -> list[slice]:
+    """Cut query rows so that the scores of one piece fit `max_scores`."""
+    step = max(1, max_scores // max(1, scores_per_row))
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _by_kv_head(x_CNH: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """[C, N, H] -> [K, G*C, H]: one matrix per key/value head, so that keys and values are never repeated."""
+    return x_CNH.to(dtype).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _by_row(x_KMH: Tensor, num_rows: int) -> Tensor:
+    """[K, G*C, H] -> [C, N, H]; the inverse of `_by_kv_head`."""
+    return x_KMH.unflatten(1, (-1, num_rows)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _scores(q_KMH: Tensor, k_KSH: Tensor, rows: slice, causal: bool, scale: float) -> Tensor:
+    """scale * q k^T as [K, G*C, S], -inf above the diagonal. `rows` are the query rows of the chunk."""
+    scores = torch.matmul(q_KMH, k_KSH.transpose(1, 2)) * scale
+    if causal:
+        row = torch.arange(rows.start, rows.stop, device=scores.device)
+        hidden = torch.arange(k_KSH.shape[1], device=scores.device)[None, :] > row[:, None]
+        scores.unflatten(1, (-1, row.numel())).masked_fill_(hidden, float("-inf"))
+    return scores
+
+
+def attention_forward(
+    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, causal: bool, scale: float, max_scores: int = MAX_SCORES
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention. Returns (out_TNH in the dtype of q, lse_TN in the accumulation dtype)."""
+    (num_rows, num_heads, _), (num_keys, num_kv_heads, _) = q_TNH.shape, k_SKH.shape
+    assert not causal or num_rows == num_keys, f"causal needs as many keys as queries, not {num_keys} and {num_rows}"
+    dtype = accumulation_dtype(q_TNH.dtype)
+    k_KSH, v_KSH = k_SKH.to(dtype).transpose(0, 1), v_SKH.to(dtype).transpose(0, 1)
+    out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+    lse_TN = q_TNH.new_empty(num_rows, num_heads, dtype=dtype)
+    for rows in _row_chunks(num_rows, num_heads * num_keys, max_scores):
+        count, last_key = rows.stop - rows.start, rows.stop if causal else num_keys
+        scores = _scores(_by_kv_head(q_TNH[rows], num_kv_heads, dtype), k_KSH[:, :last_key], rows, causal, scale)
+        lse_KM1 = torch.logsumexp(scores, dim=-1, keepdim=True)
+        out_TNH[rows] = _by_row(torch.matmul(scores.sub_(lse_KM1).exp_(), v_KSH[:, :last_key]), count).to(q_TNH.dtype)
+        lse_TN[rows] = _by_row(lse_KM1, count).squeeze(-1)
+    return out_TNH, lse_TN
+
+
+def attention_backward(
+    grad_out_TNH: Tensor,
+    q_TNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    out_TNH: Tensor,
+    lse_TN: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    max_scores: int = MAX_SCORES,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one block of keys, given the output and the LSE over *all* keys of each row.
+
+    Because exp(scores - lse) is then the final probability, the gradients of several blocks simply add up.
+    Returns (dq_TNH, dk_SKH, dv_SKH) in the dtype of q. Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
+    """
+    num_rows, num_kv_heads = q_TNH.shape[0], k_SKH.shape[1]
+    dtype = accumulation_dtype(q_TNH.dtype)
+    k_KSH, v_KSH = k_SKH.to(dtype).transpose(0, 1), v_SKH.to(dtype).transpose(0, 1)
+    dq_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+    dk_KSH, dv_KSH = torch.zeros_like(k_KSH), torch.zeros_like(v_KSH)
+    for rows in _row_chunks(num_rows, q_TNH.shape[1] * k_SKH.shape[0], max_scores):
+        count, keys = rows.stop - rows.start, slice(0, rows.stop if causal else k_SKH.shape[0])
+        q_KMH, grad_KMH = (_by_kv_head(x[rows], num_kv_heads, dtype) for x in (q_TNH, grad_out_TNH))
+        delta_KM1 = (grad_KMH * _by_kv_head(out_TNH[rows], num_kv_heads, dtype)).sum(-1, keepdim=True)
+        probs = _scores(q_KMH, k_KSH[:, keys], rows, causal, scale)
+        probs.sub_(_by_kv_head(lse_TN[rows].unsqueeze(-1), num_kv_heads, dtype)).exp_()
+        dv_KSH[:, keys] += torch.matmul(probs.transpose(1, 2), grad_KMH)
+        dscores = torch.matmul(grad_KMH, v_KSH[:, keys].transpose(1, 2)).sub_(delta_KM1).mul_(probs).mul_(scale)
+        dq_TNH[rows] = _by_row(torch.matmul(dscores, k_KSH[:, keys]), count).to(q_TNH.dtype)
+        dk_KSH[:, keys] += torch.matmul(dscores.transpose(1, 2), q_KMH)
+    return dq_TNH, dk_KSH.transpose(0, 1).to(q_TNH.dtype), dv_KSH.transpose(0, 1).to(q_TNH.dtype)
+
+
+def merge_blocks(out_TNH: Tensor, lse_TN: Tensor, block_out_TNH: Tensor, block_lse_TN: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold one block of keys into a running softmax; returns the new (out_TNH, lse_TN) in the dtype of out_TNH and lse_TN (fp32 or fp64).
+
+    Each row must have seen a key on at least one side (a side without keys has lse -inf). Blocks may come in any order.
+    Source: online softmax (arXiv 1805.02867, algorithm 3). Sigmoid, not ratios of exponentials: those overflow past 88 in fp32.
+    """
+    weight_TN = torch.sigmoid(block_lse_TN - lse_TN)
+    merged_TNH = torch.lerp(out_TNH, block_out_TNH.to(out_TNH.dtype), weight_TN.unsqueeze(-1))
+    return merged_TNH, torch.logaddexp(lse_TN, block_lse_TN)
