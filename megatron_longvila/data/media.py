@@ -213,3 +213,21 @@ def frame_files(folder: str | Path) -> list[Path]:
     if not entries:
         raise MediaError("is a folder without frames")
     return [Path(entry.path) for entry in sorted(entries, key=lambda entry: natural_key(entry.name))]
+
+
+def resolve_below(root: Path, path: str) -> Path:
+    """The real file that `path` means below `root` (an absolute path must lie below it too).
+
+    Raises:
+        MediaError: `..` or a symbolic link leads out of the root, the file is missing, or the name cannot be one.
+    """
+    real_root = root.resolve()
+    try:
+        real = (real_root / path).resolve(strict=True)
+    except FileNotFoundError:
+        raise MediaError(f"{path!r} is not in the media root {real_root}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL byte, a loop of links
+        raise MediaError(f"{path!r} cannot be opened: {error}") from None
+    if not real.is_relative_to(real_root):
+        raise MediaError(f"{path!r} leads out of the media root {real_root}; keep media below it, or give a wider --media_root")
+    return real
