@@ -27,6 +27,11 @@ def device() -> torch.device:
     return torch.device("cpu") if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
+def device_name() -> str:
+    """Product name of this rank's CUDA device, `cpu` without one."""
+    return "cpu" if is_cpu() else torch.cuda.get_device_name(device())
+
+
 def backend() -> str:
     """`nccl` on CUDA, `gloo` on a CPU."""
     return "gloo" if is_cpu() else "nccl"
