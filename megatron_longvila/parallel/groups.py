@@ -76,9 +76,8 @@ def initialize_groups(mesh: Mesh, *, timeout_s: float = 600.0) -> Groups:
         order="tp-cp-ep-dp-pp",
     )
     ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
-    axes = {"pp": mesh.pp_size, "dp": mesh.dp_size, "ring": mesh.ring_size, "ulysses": mesh.ulysses_size, "tp": mesh.tp_size}
     replica = None
-    for ranks in rank_groups(axes, "pp", "ring", "ulysses", "tp"):
+    for ranks in rank_groups(mesh.axes, "pp", "ring", "ulysses", "tp"):
         group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), group_desc="REPLICA")
         if dist.get_rank() in ranks:
             replica = group
