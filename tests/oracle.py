@@ -87,7 +87,7 @@ def rank_batch(row: SyntheticRow, mesh: Mesh, cp_rank: int, row_multiple: int):
 
 
 def run_batch(model, batch: list[SyntheticRow], config: Config, groups, make_labels=None):
-    """One forward and backward through Megatron's schedule. Returns (loss sum / labelled tokens, labelled tokens); gradients stay in main_grad.
+    """One forward and backward through Megatron's schedule. Returns (loss per labelled token, labelled tokens); gradients in main_grad.
 
     `make_labels(row, labels_T, plan)` lets a test break the labels on purpose.
     """
@@ -134,7 +134,10 @@ def build(config: Config, mesh_sizes: dict[str, int], state: dict, overlap: bool
     parts = {"vision": "vision_tower.", "projector": "projector.", "llm": "language_model."}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(name.startswith(parts[part]) for part in trainable))
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=False, bucket_size=2000)
+    # Small buckets, so that overlapping has several to keep apart; whole gradients on every rank, so that they can be compared.
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=False, bucket_size=2000
+    )
     model.config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(model.config, ddp_config, model)
     model.config.no_sync_func = wrapped.no_sync

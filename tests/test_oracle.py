@@ -76,7 +76,7 @@ def _reference(rank, config, state, trainable):
 
 
 def check_gradients(model, groups, config, grads_ref: dict[str, torch.Tensor]) -> None:
-    """||g - g_ref|| <= 1e-5 ||g_ref|| + 1e-8 ||all reference gradients|| for each stored parameter (summed over its tp shards); exact zeros stay zero."""
+    """||g - g_ref|| <= 1e-5 ||g_ref|| + 1e-8 ||all reference gradients|| per stored parameter (over its tp shards); exact zeros stay zero."""
     from megatron_longvila.models.init import global_parameters, shard_for_rank
 
     scale = torch.stack([grad.norm() for grad in grads_ref.values()]).norm()

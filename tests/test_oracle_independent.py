@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from test_oracle import random_state
 
 from oracle import BATCHES, TOKENS_PER_FRAME, build, run_batch, tiny_config
 from ranks import run_ranks
-from test_oracle import random_state
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,7 +91,8 @@ def test_one_rank_equals_transformers(architecture, tied):
     results = run_ranks(_one_rank, 1, config, state)[0]
 
     hf_state = from_megatron(state, {}, config)
-    parts = {part: {k.removeprefix(part): v for k, v in hf_state.items() if k.startswith(part)} for part in ("llm.", "vision_tower.", "mm_projector.")}
+    prefixes = ("llm.", "vision_tower.", "mm_projector.")
+    parts = {prefix: {k.removeprefix(prefix): v for k, v in hf_state.items() if k.startswith(prefix)} for prefix in prefixes}
     tower, language_model = hf_modules(config)
     wants_prefix = any(name.startswith("vision_model.") for name in tower.state_dict())
     vision_state = {(k if wants_prefix else k.removeprefix("vision_model.")): v for k, v in parts["vision_tower."].items()}

@@ -25,7 +25,7 @@ from megatron.core.transformer.module import MegatronModule  # isort: skip
 
 
 class LongVILA(MegatronModule):
-    """One pipeline stage of the model: stage 0 has the vision tower, projector and embedding, the last stage the final norm and output layer."""
+    """One pipeline stage: stage 0 has the vision tower, the projector and the embedding, the last one the final norm and output layer."""
 
     def __init__(self, config: Config, groups: Groups):
         super().__init__(config=transformer_config(config, groups))
@@ -51,8 +51,8 @@ class LongVILA(MegatronModule):
     def encode_frames(self, frames_FHWC: Tensor) -> Tensor:
         """Visual tokens of this rank's frames.
 
-        A rank without frames encodes one black frame and hands out none of its rows: every rank then builds the same graph, so that the backward
-        of the exchange and all gradient hooks run everywhere (with exact zeros).
+        A rank without frames encodes one black frame and hands out none of its rows: every rank then builds the same graph, so that the
+        backward of the exchange and all gradient hooks run everywhere (with exact zeros).
 
         Args:
             frames_FHWC: uint8 [F, S, S, 3], F >= 0.

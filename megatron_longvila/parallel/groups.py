@@ -63,9 +63,11 @@ def initialize_groups(mesh: Mesh, *, timeout_s: float = 600.0) -> Groups:
     """
     if dist.get_world_size() != mesh.world_size:
         raise ValueError(
-            f"the mesh has {mesh.world_size} ranks but torch.distributed has {dist.get_world_size()}; start as many processes as the mesh needs"
+            f"the mesh has {mesh.world_size} ranks but torch.distributed has {dist.get_world_size()}; "
+            "start as many processes as the mesh needs"
         )
-    # The library takes whole minutes but hands the number to timedelta, which takes fractions. The gloo twins are for the optimizer's checkpoint.
+    # The library speaks of whole minutes but hands the number to timedelta, which takes fractions.
+    # The gloo twins of the data-parallel groups carry the optimizer's checkpoint.
     parallel_state.initialize_model_parallel(
         mesh.tp_size,
         mesh.pp_size,

@@ -1,7 +1,7 @@
 """The MM-SP plan: who decodes, encodes and owns what, as integers computed on the CPU from lengths alone.
 
-A row is one pack: samples one after the other. Image sharding gives each cp rank a run of the row's frames; token sharding gives each cp rank
-an equal share of the padded rows; the exchange moves each visual token from the rank that encoded it to the rank that owns its position.
+A row is one pack: samples one after the other. Image sharding gives each cp rank a run of the row's frames; token sharding gives each cp
+rank an equal share of the padded rows; the exchange moves each visual token from the rank that encoded it to the owner of its position.
 
 Shapes: T rows of one cp rank after padding.
 """
@@ -114,7 +114,7 @@ def split_frames(num_frames: int, cp_size: int) -> list[range]:
 
 
 def pad_samples(sample_lengths: tuple[int, ...], *, ulysses_size: int, ring_size: int, row_multiple: int = 1) -> SequenceLayout:
-    """Padded lengths: each sample to a multiple of 2 * ring_size (ring_size > 1), then one padding sample that makes the pack divide evenly.
+    """Padded lengths: each sample to a multiple of 2 * ring_size (ring_size > 1), then one padding sample so that the pack divides evenly.
 
     Args:
         row_multiple: rows of a cp rank must divide by this: tp_size with sequence_parallel, else 1.
@@ -146,9 +146,7 @@ def share_order(layout: SequenceLayout, ring_rank: int) -> np.ndarray:
 
 def owned_rows(layout: SequenceLayout) -> list[np.ndarray]:
     """Padded-row index of every local row, for each cp rank (= ring_rank * ulysses_size + ulysses_rank). int64 [local_rows] each."""
-    return [
-        piece for ring_rank in range(layout.ring_size) for piece in np.split(share_order(layout, ring_rank), layout.ulysses_size)
-    ]
+    return [piece for ring_rank in range(layout.ring_size) for piece in np.split(share_order(layout, ring_rank), layout.ulysses_size)]
 
 
 def plan_row(spec: RowSpec, *, ulysses_size: int, ring_size: int, row_multiple: int = 1) -> list[RankPlan]:
@@ -167,7 +165,8 @@ def plan_row(spec: RowSpec, *, ulysses_size: int, ring_size: int, row_multiple: 
     ends = [start + spec.tokens_per_frame for start in spec.frame_starts]
     if any(later < end for end, later in zip(ends, (*spec.frame_starts[1:], total), strict=False)) or min(spec.frame_starts, default=0) < 0:
         raise ValueError(
-            f"frame_starts={spec.frame_starts} with {spec.tokens_per_frame} tokens per frame must increase without overlap inside a row of {total} tokens"
+            f"frame_starts={spec.frame_starts} with {spec.tokens_per_frame} tokens per frame must increase without overlap "
+            f"inside a row of {total} tokens"
         )
     layout = pad_samples(spec.sample_lengths, ulysses_size=ulysses_size, ring_size=ring_size, row_multiple=row_multiple)
 
@@ -186,9 +185,7 @@ def plan_row(spec: RowSpec, *, ulysses_size: int, ring_size: int, row_multiple: 
     rows = owned_rows(layout)
     frames = split_frames(len(spec.frame_starts), len(rows))
     exchanges = _plan_exchange(spec, layout, rows, frames, padded_of_source)
-    return [
-        RankPlan(layout, frames[rank], source[rows[rank]], positions[rows[rank]], exchanges[rank]) for rank in range(len(rows))
-    ]
+    return [RankPlan(layout, frames[rank], source[rows[rank]], positions[rows[rank]], exchanges[rank]) for rank in range(len(rows))]
 
 
 def _plan_exchange(
