@@ -1,0 +1,35 @@
+"""Choosing a backend, and refusing private operations that changed."""
+
+import pytest
+import torch
+
+from megatron_longvila import platform
+from megatron_longvila.attention import backends
+
+
+@pytest.mark.skipif(not platform.is_cpu(), reason="about machines without a GPU")
+def test_a_cpu_gets_the_reference_and_refuses_the_gpu_backends():
+    assert backends.get_backend("auto").name == "reference"
+    for name in ("cudnn", "flash"):
+        with pytest.raises(ValueError, match=f"{name}.*needs an NVIDIA GPU.*'reference' or 'auto'"):
+            backends.get_backend(name)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'fast' is unknown.*cudnn.*flash.*reference.*auto"):
+        backends.get_backend("fast")
+
+
+def test_the_schemas_of_the_installed_torch_are_accepted():
+    backends.check_schemas(*backends.ACCEPTED_SCHEMAS)
+    assert all(backends.live_schemas().values())
+
+
+@pytest.mark.parametrize("live", ["aten::op(Tensor q) -> Tensor", ""])
+def test_a_changed_or_missing_operation_is_refused_with_both_schemas(monkeypatch, live):
+    name = "_scaled_dot_product_flash_attention"
+    monkeypatch.setattr(backends, "live_schemas", lambda: {name: live})
+    with pytest.raises(RuntimeError) as caught:
+        backends.check_schemas(name)
+    for words in (torch.__version__, live or "missing", backends.ACCEPTED_SCHEMAS[name][0], "'reference'"):
+        assert words in str(caught.value)

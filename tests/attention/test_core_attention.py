@@ -1,0 +1,185 @@
+"""CoreAttention on N gloo ranks against all scores at once on one: output and every gradient, in fp64 and fp32."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dense_attention import dense_gradients, relative_error
+from megatron_longvila import platform
+from megatron_longvila.attention.backends import get_backend
+from megatron_longvila.attention.ring import TRANSPORTS
+from megatron_longvila.mesh import Mesh
+from megatron_longvila.parallel.plan import owned_rows, pad_samples
+from ranks import run_ranks, warm_parent
+
+MESHES = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2)]  # ulysses x ring
+PACKS = {"one sample": (50,), "three uneven samples": (21, 1, 38), "padding sample": (16, 3)}
+HEADS = [(8, 4), (4, 4), (28, 4)]
+HEAD_DIM = 8
+# Sums of at most 64 products in fp64 and fp32; a wrong block, scale or merge is off by more than 1e-2.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
+
+
+def _core_attention(groups, heads, dtype, transport="all_gather", **changes):
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_longvila.attention.core_attention import CoreAttention
+
+    settings = dict(
+        num_layers=1,
+        hidden_size=heads[0] * HEAD_DIM,
+        num_attention_heads=heads[0],
+        num_query_groups=heads[1],
+        kv_channels=HEAD_DIM,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+    )
+    return CoreAttention(
+        TransformerConfig(**{**settings, **changes}),
+        layer_number=1,
+        attn_mask_type=AttnMaskType.causal,
+        attention_type="self",
+        groups=groups,
+        backend=get_backend("reference"),
+        transport=transport,
+    )
+
+
+def _global_tensors(layout, heads, dtype):
+    """q, k, v and the gradient of the output for the whole pack; the same on every rank."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.randn(layout.total_rows, num_heads, HEAD_DIM, generator=generator, dtype=torch.float64).to(dtype)
+        for num_heads in (heads[0], heads[1], heads[1], heads[0])
+    ]
+
+
+def _run(attention, layout, tensors, call=None):
+    """[out, dq, dk, dv] of this cp rank's rows, each [T, heads, H]; `call` wraps the module (recompute)."""
+    from megatron_longvila.attention.core_attention import SequenceParams
+
+    q, k, v, grad_out = tensors
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    params = SequenceParams(layout=layout)
+
+    def forward(q, k, v):
+        return attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), packed_seq_params=params)
+
+    out = forward(q, k, v) if call is None else call(forward, q, k, v)
+    assert out.shape == (layout.local_rows, 1, q.shape[1] * HEAD_DIM)
+    out = out.reshape(q.shape)
+    out.backward(grad_out)  # not autograd.grad, which Megatron's checkpoint refuses
+    return [out.detach(), q.grad, k.grad, v.grad]
+
+
+def _compare_everything(rank, mesh):
+    from megatron_longvila.parallel.groups import initialize_groups
+
+    groups = initialize_groups(mesh)
+    transports = TRANSPORTS if mesh.ring_size > 1 else TRANSPORTS[:1]
+    worst = {}
+    for pack, lengths in PACKS.items():
+        layout = pad_samples(lengths, ulysses_size=mesh.ulysses_size, ring_size=mesh.ring_size)
+        rows = torch.from_numpy(owned_rows(layout)[dist.get_rank(groups.cp)])
+        for heads in HEADS:
+            exact = dense_gradients(*_global_tensors(layout, heads, torch.float64), layout.sample_lengths, 1 / math.sqrt(HEAD_DIM))
+            for transport in transports:
+                for dtype, tolerance in TOLERANCES.items():
+                    attention = _core_attention(groups, heads, dtype, transport)
+                    values = _run(attention, layout, [x[rows] for x in _global_tensors(layout, heads, dtype)])
+                    for name, value, right in zip(("out", "dq", "dk", "dv"), values, exact, strict=True):
+                        error = relative_error(value, right[rows])
+                        assert error <= tolerance, f"{name} off by {error:.1e}: {pack}, heads {heads}, {transport}, {dtype}"
+                        worst[dtype] = max(worst.get(dtype, 0.0), error)
+    return worst
+
+
+@pytest.mark.parametrize(("ulysses_size", "ring_size"), MESHES)
+def test_every_mesh_agrees_with_one_rank(ulysses_size, ring_size):
+    mesh = Mesh(ulysses_size * ring_size, 1, 1, ulysses_size, ring_size)
+    worst = run_ranks(_compare_everything, mesh.world_size, mesh)
+    # The two dtypes really differ: fp32 must be visibly worse than fp64, or the test compares a value with itself.
+    assert all(errors[torch.float32] > 1e-9 > errors[torch.float64] for errors in worst)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_selective_recompute_gives_the_same_bits(transport):
+    """Megatron's recompute of core_attn runs the module again in backward: same collectives, same order, same values."""
+
+    def body(rank):
+        from megatron.core import tensor_parallel
+
+        from megatron_longvila.parallel.groups import initialize_groups
+
+        groups = initialize_groups(Mesh(4, 1, 1, 2, 2))
+        platform.seed(1, 0)
+        layout = pad_samples((21, 1, 38), ulysses_size=2, ring_size=2)
+        rows = torch.from_numpy(owned_rows(layout)[rank])
+        tensors = [x[rows] for x in _global_tensors(layout, (8, 4), torch.float32)]
+        attention = _core_attention(groups, (8, 4), torch.float32, transport)
+        plain = _run(attention, layout, tensors)
+        recomputed = _run(attention, layout, tensors, call=lambda forward, *qkv: tensor_parallel.checkpoint(forward, False, *qkv))
+        return [a.equal(b) for a, b in zip(plain, recomputed, strict=True)]
+
+    assert run_ranks(body, 4) == [[True] * 4] * 4
+
+
+def test_a_layout_is_planned_once_for_all_layers():
+    """Nothing is recomputed per layer: the second call finds every list of blocks in the cache."""
+    from megatron_longvila.attention import ring
+
+    def body(rank):
+        from megatron_longvila.parallel.groups import initialize_groups
+
+        groups = initialize_groups(Mesh(2, 1, 1, 1, 2))
+        layout = pad_samples((21, 1, 38), ulysses_size=1, ring_size=2)
+        rows = torch.from_numpy(owned_rows(layout)[rank])
+        tensors = [x[rows] for x in _global_tensors(layout, (4, 4), torch.float32)]
+        cached = (ring.own_blocks, ring.gathered_blocks, ring.gathered_row)
+        misses = []
+        for _ in range(2):
+            _run(_core_attention(groups, (4, 4), torch.float32), layout, tensors)
+            misses.append([function.cache_info().misses for function in cached])
+        return misses[0] == misses[1] == [1, 1, 1]
+
+    assert run_ranks(body, 2) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("heads", "changes", "transport", "words"),
+    [
+        ((8, 2), {}, "all_gather", "num_query_groups=2 must be divisible by ulysses_size \\* tp_size = 4 \\* 1; lower"),
+        ((8, 4), {"attention_dropout": 0.1}, "all_gather", "attention_dropout=0.1"),
+        ((8, 4), {"window_size": (64, 0)}, "all_gather", "window_size"),
+        ((8, 4), {}, "carrier_pigeon", "carrier_pigeon.*all_gather.*p2p"),
+    ],
+)
+def test_what_it_cannot_compute_is_refused(heads, changes, transport, words):
+    warm_parent()
+
+    class FourUlyssesRanks:  # only the sizes are read before the refusal
+        mesh = Mesh(4, 1, 1, 4, 1)
+        ring = ulysses = None
+
+    with pytest.raises(ValueError, match=words):
+        _core_attention(FourUlyssesRanks, heads, torch.float32, transport, **changes)
+
+
+def test_a_backend_that_cannot_do_the_heads_is_refused_at_construction():
+    warm_parent()
+    from megatron_longvila.attention.backends import CudnnBackend
+
+    class OneRank:
+        mesh = Mesh(1, 1, 1, 1, 1)
+        ring = ulysses = None
+
+    cudnn = object.__new__(CudnnBackend)  # its constructor refuses a machine without a GPU
+    with pytest.raises(ValueError, match="bfloat16 or float16, not torch.float32"):
+        cudnn.check(head_dim=64, dtype=torch.float32)
+    with pytest.raises(ValueError, match="head_dim=192 .*at most 128.*flash"):
+        cudnn.check(head_dim=192, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="head_dim=60 .*multiple of 8"):
+        cudnn.check(head_dim=60, dtype=torch.bfloat16)
