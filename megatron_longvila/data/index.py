@@ -1,0 +1,164 @@
+"""The samples of all dataset folders as one numbered list: encoding by number, cached token lengths, and what decides the row order."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from megatron_longvila.config import DataConfig
+from megatron_longvila.data.conversation import Encoded, check_template, encode
+from megatron_longvila.data.mixture import PACKING_RULE, UNUSABLE
+from megatron_longvila.data.shards import Dataset, Media, Sample
+from megatron_longvila.data.text import Tokenizer
+from megatron_longvila.data.video import select_frames
+
+CODE_VERSION = 1  # raise when templates or frame rules give other tokens than before
+BLOCK_SAMPLES = 256  # one task of a measuring thread
+BAR_BLOCKS = 80  # fewer are done before a bar would be read
+
+
+class SampleIndex:
+    """Samples of several datasets, numbered dataset after dataset.
+
+    Args:
+        datasets: opened folders.
+        tokens_per_frame: visual tokens of a frame, without the newline.
+        vocab_size: rows of the embedding table; a larger id is refused.
+
+    Raises:
+        ValueError: the tokenizer lacks a special token of `config.template`.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], tokenizer: Tokenizer, config: DataConfig, *, tokens_per_frame: int, vocab_size: int):
+        check_template(config.template, tokenizer)
+        self._datasets, self._tokenizer, self._config = list(datasets), tokenizer, config
+        self.tokens_per_frame, self._vocab_size = tokens_per_frame, vocab_size
+        self._first = np.cumsum([0, *(len(dataset.samples) for dataset in self._datasets)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def locate(self, number: int) -> tuple[Dataset, Sample]:
+        """The folder that sample `number` comes from, and the sample as it was preprocessed."""
+        place = int(np.searchsorted(self._first, number, side="right")) - 1
+        dataset = self._datasets[place]
+        return dataset, dataset.samples[number - int(self._first[place])]
+
+    def selected_frames(self, media: Media) -> list[int]:
+        """Frames of a medium that a sample shows, by the configured rule; an image has one."""
+        return [0] if media.kind == "image" else select_frames(media.num_frames, media.duration_s, self._config.video)
+
+    def encode(self, number: int) -> Encoded:
+        """Tokens of sample `number`. Raises ValueError for what makes the sample unusable, SampleTooLong included."""
+        return self._encode(number, self.tokens_per_frame, self._config.context_length)
+
+    def _encode(self, number: int, tokens_per_frame: int, context_length: int | None) -> Encoded:
+        dataset, sample = self.locate(number)
+        encoded = encode(
+            sample.conversations,
+            self._tokenizer,
+            self._config.template,
+            frames_per_medium=[len(self.selected_frames(dataset.media[sha256])) for sha256 in sample.media],
+            tokens_per_frame=tokens_per_frame,
+            context_length=context_length,
+        )
+        largest = encoded.input_ids_L.max()
+        if largest >= self._vocab_size:
+            raise ValueError(f"token id {largest} is outside model.llm.vocab_size={self._vocab_size}; the tokenizer and the model differ")
+        return encoded
+
+    def components(self) -> dict[str, str]:
+        """What decides rows and their order, by name; equal dictionaries mean equal rows for equal seeds."""
+        config, video = self._config, self._config.video
+        fps = "" if video.frame_rule == "uniform" else f" fps={video.fps}"
+        return {
+            "index": hashlib.sha256("\n".join(dataset.hash for dataset in self._datasets).encode()).hexdigest()[:16],
+            "tokenizer": self._tokenizer.hash[:16],
+            "template": f"{config.template} (version {CODE_VERSION})",
+            "frames": f"{video.frame_rule} num_frames={video.num_frames}{fps} tokens_per_frame={self.tokens_per_frame}",
+            "packing": f"context_length={config.context_length}, {PACKING_RULE}",
+        }
+
+    def measure(self, numbers: Sequence[int], *, show_bar: bool = False) -> tuple[np.ndarray, dict[int, str]]:
+        """Token lengths of samples `numbers` (UNUSABLE where encoding fails, int64) and the reasons of the failures.
+
+        Threads share the work: both tokenizers release the interpreter while they encode.
+        """
+
+        def measure_one(number: int) -> tuple[int, str]:
+            try:  # without visual tokens, which need no laying out to be counted
+                encoded = self._encode(number, 0, None)
+            except ValueError as error:
+                return UNUSABLE, str(error)
+            return len(encoded) + self.tokens_per_frame * len(encoded.frame_starts), ""
+
+        def measure_block(block: Sequence[int]) -> list[tuple[int, str]]:
+            return [measure_one(int(number)) for number in block]
+
+        blocks = [numbers[start : start + BLOCK_SAMPLES] for start in range(0, len(numbers), BLOCK_SAMPLES)]
+        with ThreadPoolExecutor(max(1, self._config.num_workers)) as pool:
+            measured = [one for block in _bar(pool.map(measure_block, blocks), blocks, show_bar) for one in block]
+        lengths = np.asarray([tokens for tokens, _ in measured], dtype=np.int64)
+        return lengths, {int(number): reason for number, (_, reason) in zip(numbers, measured, strict=True) if reason}
+
+    def too_long(self, lengths: np.ndarray) -> dict[int, str]:
+        """Reasons for the samples that have more tokens than a row."""
+        limit = self._config.context_length
+        return {
+            int(number): f"{lengths[number]} tokens, more than data.context_length={limit}; raise it, or lower data.video.num_frames"
+            for number in np.flatnonzero(lengths > limit)
+        }
+
+
+class LengthCache:
+    """Token lengths of an index on disk: beside the first dataset under the hash of what decides them, else in `fallback`.
+
+    The file holds lengths before any limit is applied, so that another context_length reads the same one.
+    """
+
+    def __init__(self, index: SampleIndex, folders: Sequence[Path]):
+        components = {name: value for name, value in index.components().items() if name != "packing"}
+        digest = hashlib.sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()[:16]
+        self._paths = [Path(folder) / f"token_lengths-{digest}.json" for folder in folders]
+        self._size = len(index)
+
+    def read(self) -> tuple[np.ndarray, dict[int, str]] | None:
+        """Lengths and reasons, or None if no file is there; a damaged file counts as none and is written anew."""
+        for path in self._paths:
+            try:
+                record = json.loads(path.read_bytes())
+                lengths = np.asarray(record["lengths"], dtype=np.int64)
+                reasons = {int(number): reason for number, reason in record["unusable"].items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+            if len(lengths) == self._size:
+                return lengths, reasons
+        return None
+
+    def write(self, lengths: np.ndarray, reasons: dict[int, str]) -> Path | None:
+        """Write to the first folder that can be written; None if there is none (the lengths are then measured at every start)."""
+        data = json.dumps({"lengths": lengths.tolist(), "unusable": reasons}).encode()
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+                    file.write(data)
+                os.replace(file.name, path)  # readers see the whole file or none
+                return path
+        return None
+
+
+def _bar(results, blocks: list, show: bool):
+    if not show or len(blocks) < BAR_BLOCKS:
+        return results
+    from tqdm import tqdm
+
+    return tqdm(results, total=len(blocks), desc="token lengths", unit_scale=BLOCK_SAMPLES, unit=" samples", mininterval=1.0)
