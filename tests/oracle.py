@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_longvila import platform
 from megatron_longvila.config import Config, LLMConfig, ModelConfig, ParallelConfig, ProjectorConfig, TrainingConfig, VisionConfig
 from megatron_longvila.mesh import Mesh
 from megatron_longvila.parallel.groups import destroy_groups, initialize_groups
@@ -83,7 +84,8 @@ def rank_batch(row: SyntheticRow, mesh: Mesh, cp_rank: int, row_multiple: int):
     input_ids = np.where(plan.is_padding_T, 0, row.input_ids[source])
     labels = np.where(plan.is_padding_T, IGNORE_INDEX, row.labels[source])
     frames = row.frames_FHWC[plan.frames.start : plan.frames.stop]
-    return torch.from_numpy(frames), torch.from_numpy(input_ids), torch.from_numpy(plan.positions_T), torch.from_numpy(labels), plan
+    tensors = (torch.from_numpy(array).to(platform.device()) for array in (frames, input_ids, plan.positions_T, labels))
+    return *tensors, plan
 
 
 def run_batch(model, batch: list[SyntheticRow], config: Config, groups, make_labels=None):
@@ -112,17 +114,17 @@ def run_batch(model, batch: list[SyntheticRow], config: Config, groups, make_lab
         forward_step_func=forward_step, data_iterator=iter(mine), model=model, num_microbatches=len(mine),
         seq_length=max(sum(row.spec.sample_lengths) for row in mine), micro_batch_size=1, forward_only=False,
     )  # fmt: skip
-    totals = torch.tensor([sum(output[key].item() for output in outputs) for key in ("loss_sum", "count")], dtype=torch.double)
+    sums = [sum(output[key].item() for output in outputs) for key in ("loss_sum", "count")]
+    totals = torch.tensor(sums, dtype=torch.double, device=platform.device())
     dist.all_reduce(totals, group=groups.dp_cp)
     dist.all_reduce(totals, group=groups.pp)
     return (totals[0] / totals[1]).item(), int(totals[1])
 
 
-def build(config: Config, mesh_sizes: dict[str, int], state: dict, overlap: bool = False, trainable=("vision", "projector", "llm")):
-    """Groups and a DDP-wrapped model with the given full weights, for the calling rank."""
+def build(config: Config, mesh_sizes: dict[str, int], state: dict | None, overlap: bool = False, trainable=("vision", "projector", "llm")):
+    """Groups and a DDP-wrapped model with the given full weights (None: not initialised), for the calling rank."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-    from megatron_longvila import platform
     from megatron_longvila.checkpoint.hf import load_full_state
     from megatron_longvila.models.longvila import build_model
 
@@ -130,7 +132,8 @@ def build(config: Config, mesh_sizes: dict[str, int], state: dict, overlap: bool
     groups = initialize_groups(mesh, timeout_s=60)
     platform.seed(0, groups.pp.rank())
     model = build_model(config, groups)
-    load_full_state(model, state, config, groups)
+    if state is not None:
+        load_full_state(model, state, config, groups)
     parts = {"vision": "vision_tower.", "projector": "projector.", "llm": "language_model."}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(name.startswith(parts[part]) for part in trainable))

@@ -75,8 +75,8 @@ def _reference(rank, config, state, trainable):
     return results
 
 
-def check_gradients(model, groups, config, grads_ref: dict[str, torch.Tensor]) -> None:
-    """||g - g_ref|| <= 1e-5 ||g_ref|| + 1e-8 ||all reference gradients|| per stored parameter (over its tp shards); exact zeros stay zero."""
+def check_gradients(model, groups, grads_ref: dict[str, torch.Tensor]) -> None:
+    """||g - g_ref|| <= 1e-5 ||g_ref|| + 1e-8 ||all reference gradients|| per stored parameter (over its tp shards); zeros stay zero."""
     from megatron_longvila.models.init import global_parameters, shard_for_rank
 
     scale = torch.stack([grad.norm() for grad in grads_ref.values()]).norm()
@@ -109,7 +109,7 @@ def _matches_one_rank(rank, name, config, state, expected, trainable, overlap, b
         assert count == count_ref, f"{batch_name}: {count} labelled tokens, one rank counts {count_ref}"
         assert abs(loss - loss_ref) <= 1e-5 * abs(loss_ref), f"{batch_name}: loss {loss} against {loss_ref}"
         try:
-            check_gradients(model, groups, config, grads_ref)
+            check_gradients(model, groups, grads_ref)
         except AssertionError as error:
             raise AssertionError(f"{batch_name} on {name}:\n{error}") from None
     teardown()
