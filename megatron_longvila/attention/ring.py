@@ -125,6 +125,7 @@ class _RingAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
+        grad_out = grad_out.contiguous()  # a summed loss sends an expanded scalar, which kernels cannot read
         if ctx.call.layout.ring_size == 1:
             grads = _backward_own(grad_out, q, k, v, out, lse, ctx.call, q.dtype)
         else:

@@ -33,3 +33,17 @@ def test_a_changed_or_missing_operation_is_refused_with_both_schemas(monkeypatch
         backends.check_schemas(name)
     for words in (torch.__version__, live or "missing", backends.ACCEPTED_SCHEMAS[name][0], "'reference'"):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", [backends.CudnnBackend, backends.FlashBackend])
+@pytest.mark.parametrize(("num_rows", "num_keys", "causal"), [(24, 24, True), (24, 40, False)])
+def test_the_private_operations_take_our_arguments(backend, num_rows, num_keys, causal):
+    """On meta tensors: argument order, shapes and dtypes of the real operations, without a GPU. tests/gpu checks the numbers."""
+    backend = object.__new__(backend)  # the constructor refuses a machine without a GPU
+    packed = torch.empty(num_rows, 12, 64, dtype=torch.bfloat16, device="meta")
+    q = packed[:, :8]  # strided, as the all-to-all delivers it
+    k, v = torch.empty(2, num_keys, 2, 64, dtype=torch.bfloat16, device="meta")
+    out, lse = backend.forward(q, k, v, causal=causal, scale=0.1)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, torch.bfloat16, (num_rows, 8), torch.float32)
+    dq, dk, dv = backend.backward(torch.empty_like(out), q, k, v, out, lse, causal=causal, scale=0.1)
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
