@@ -56,7 +56,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_square(image: Image.Image, image_size: int, preprocess: str) -> np.ndarray:
-    """uint8 [S, S, 3] of an RGB image by Pillow's bicubic filter: stretched (`resize`) or padded to a square with the mean colour first (`pad`)."""
+    """uint8 [S, S, 3] of an RGB image by Pillow's bicubic filter: stretched (`resize`), or padded to a square first (`pad`)."""
     if preprocess == "pad":
         image = pad_to_square(image)
     if image.size != (image_size, image_size):

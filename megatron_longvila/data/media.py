@@ -10,6 +10,7 @@ import io
 import os
 import re
 import stat
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class ByteRange:
 
 
 Source = bytes | str | Path | ByteRange | Sequence["bytes | str | Path | ByteRange"]
-"""One video or image (bytes, a path, a range of a file), or a list of images that are a video's frames; a path may be a folder of frames."""
+"""One video or image (bytes, a path, a range of a file), or a list of images that are a video's frames; a path may be a frame folder."""
 
 
 class Deadline:
@@ -185,7 +186,8 @@ def sniff(head: bytes) -> Format:
         sync = head[start::stride][:4]
         if len(sync) == 4 and set(sync) == {0x47}:
             return Format("ts", "mpegts", False)
-    raise MediaError(f"is not a known video or image format ({_describe(head)}); known are mp4/mov, mkv/webm, avi, mpeg-ts, mpeg-ps, flv, jpg, png, webp, bmp, gif")
+    known = "mp4/mov, mkv/webm, avi, mpeg-ts, mpeg-ps, flv, jpg, png, webp, bmp, gif"
+    raise MediaError(f"is not a known video or image format ({_describe(head)}); known are {known}")
 
 
 def _describe(head: bytes) -> str:
@@ -197,6 +199,41 @@ def _describe(head: bytes) -> str:
     if text.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the file itself"
     return f"it starts with {head[:8]!r}"
+
+
+def missing_bytes(file: BinaryIO, found: Format) -> int:
+    """How many bytes a container announces beyond its end, 0 for a whole file: a broken download or copy. Streaming formats (mpeg-ts,
+    mpeg-ps, flv, growing mkv) announce nothing, so a cut one is just shorter. Leaves the file position anywhere."""
+    end = file.seek(0, io.SEEK_END)
+    announced = 0
+    if found.extension == "mp4":  # ISO 14496-12, 4.2: boxes of 32-bit size and type, size 1 means a 64-bit size follows, 0 up to the end
+        while announced + 8 <= end:
+            file.seek(announced)
+            size, name, large = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+            size = large if size == 1 else size
+            if size < 8 or not name.isalnum():
+                break
+            announced += size
+    elif found.extension == "mkv":  # RFC 8794: EBML header, then the segment; both are an id and a size of variable length
+        file.seek(4)
+        header = _ebml_size(file)
+        file.seek(header or 0, io.SEEK_CUR)
+        if header is not None and file.read(4) == b"\x18\x53\x80\x67":
+            size = _ebml_size(file)
+            announced = 0 if size is None else file.tell() + size
+    elif found.extension == "avi":
+        file.seek(4)
+        announced = 8 + struct.unpack("<I", file.read(4).ljust(4, b"\0"))[0]
+    return max(0, announced - end)
+
+
+def _ebml_size(file: BinaryIO) -> int | None:
+    """A size of 1 to 8 bytes whose first set bit tells the length; None where it is unknown (all ones) or damaged."""
+    first = file.read(1)
+    length = 9 - first[0].bit_length() if first and first[0] else 9
+    data = first + file.read(length - 1)
+    value = int.from_bytes(data, "big") & ((1 << 7 * length) - 1)
+    return None if length > 8 or len(data) < length or value == (1 << 7 * length) - 1 else value
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:

@@ -94,7 +94,7 @@ def dataset_hash(samples: bytes | mmap.mmap, media: Iterable[Media]) -> str:
 
 
 class Samples(Sequence):
-    """Samples parsed when asked for: the file is mapped, so all ranks of a host share its pages. Safe to fork, pickle and use in threads."""
+    """Samples parsed when asked for: the file is mapped, so all ranks of a host share its pages. Safe to fork, pickle and thread."""
 
     def __init__(self, path: Path):
         self._path = path

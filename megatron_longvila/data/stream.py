@@ -194,7 +194,8 @@ class VideoStream:
         if not stamps:
             raise MediaError("has a video track without a single packet")
         packets = {pts: position for position, (pts, _) in enumerate(stamps)}
-        if None in packets or len(packets) < len(stamps) or not any(keys):
+        # AVI has no presentation stamps: with B-frames its packets' times are those of other frames
+        if self.extension == "avi" or None in packets or len(packets) < len(stamps) or not any(keys):
             return self._count_by_decoding()
         key_stamps = {position: (stamps[position][0], stamps[position][1]) for position, is_key in enumerate(keys) if is_key}
         rows, key_positions = [], sorted(key_stamps)
@@ -216,9 +217,9 @@ class VideoStream:
         return float((int(pts_F[-1]) - int(pts_F[0]) + last_duration) * self._stream.time_base)
 
     def _count_by_decoding(self) -> Timeline:
-        """Streams whose packets lack usable time stamps (old AVI and MPEG files): the real frames are those that the decoder shows."""
+        """Streams whose packets lack usable stamps (AVI, some old MPEG): the frames are what the decoder shows, so all are decoded."""
         self._open()
-        frames = [frame.pts for packet in [*self._packets_then_flush()] for frame in self._decode(packet)]
+        frames = [frame.pts for packet in self._packets_then_flush() for frame in self._decode(packet)]
         if not frames:
             raise MediaError("has a video track, but no frame of it decodes")
         rate = self._stream.average_rate or Fraction(25)
@@ -257,7 +258,7 @@ class VideoStream:
         while pending:
             number = keys.index(int(timeline.key_position_F[pending[0]]))
             start = keys[max(0, number - earlier)]
-            # One visit covers all frames whose keyframe it has passed anyway: those of the same group, and of groups that follow without a gap.
+            # One visit covers the frames whose keyframe it passes anyway: those of the same group, and of groups that follow without a gap.
             visit = [pending[0]]
             for index in pending[1:]:
                 if int(timeline.key_position_F[index]) > int(timeline.position_F[visit[-1]]) + 1:

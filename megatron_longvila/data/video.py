@@ -24,6 +24,7 @@ from megatron_longvila.data.media import (
     MediaLimits,
     Source,
     frame_files,
+    missing_bytes,
     open_source,
     sniff,
 )
@@ -96,6 +97,10 @@ def probe(
         image, rotation = open_image(source, limits)
         found = _sniff_source(source, limits)
         return MediaFacts("image", 1, 0.0, 0.0, image.width, image.height, rotation, found.reader.lower(), found.extension)
+    with open_source(source, limits) as file:
+        missing = missing_bytes(file, sniff(file.read(SNIFF_BYTES)))
+        if missing:
+            raise MediaError(f"is cut: its last {missing} bytes are missing")
     with VideoStream(source, deadline, limits) as stream:
         timeline = stream.timeline
         width, height = stream.upright_size()
@@ -187,10 +192,11 @@ class _Reader:
             self._stream.close()
 
     def read(self, indices: list[int]) -> dict[int, np.ndarray]:
-        """uint8 [S, S, 3] of each index that decodes; the others go to `bad`. Raises ValueError for an index outside the medium."""
+        """uint8 [S, S, 3] of each index that decodes; the others go to `bad`. Raises MediaError for an index outside the medium."""
         num_frames = len(self._images) if self._images is not None else self._stream.timeline.num_frames
-        if indices and not (0 <= indices[0] and indices[-1] < num_frames):
-            raise MediaError(f"frame {indices[-1] if indices[0] >= 0 else indices[0]} was asked for, but there are {num_frames} frames")
+        outside = [index for index in indices if not 0 <= index < num_frames]
+        if outside:
+            raise MediaError(f"has {num_frames} frames, but frame {outside[0]} was asked for; preprocess it again if it changed")
         if self._images is None:
             convert = self._convert_fast if self._fast else lambda frame: self._square(self._stream.to_image(frame))
             pictures = self._stream.read(indices, convert)
@@ -229,13 +235,15 @@ def _probe_frames(source: list, fps: float | None, deadline: Deadline, limits: M
     for number, file in enumerate(source):
         deadline.check("checking frames")
         try:
-            image, rotation = open_image(file, limits)
+            if number == 0:
+                image, rotation = open_image(file, limits)
+            found = _sniff_source(file, limits)
+            if not found.is_image:
+                raise MediaError(f"is a video ({found.extension}), not an image")
         except MediaError as error:
             raise MediaError(f"frame {number} ({Path(file).name if isinstance(file, str | Path) else 'bytes'}) {error}") from error
-        if number == 0:
-            width, height, first_rotation = image.width, image.height, rotation
-            found = _sniff_source(file, limits)
-    return MediaFacts("frames", len(source), len(source) / fps, float(fps), width, height, first_rotation, found.reader.lower(), found.extension)
+    codec = found.reader.lower()
+    return MediaFacts("frames", len(source), len(source) / fps, float(fps), image.width, image.height, rotation, codec, found.extension)
 
 
 def _resolve(source: Source):
