@@ -85,7 +85,7 @@ def warmup_steps(config: Config, total_steps: int) -> int:
     settings = config.optimizer
     if settings.warmup_steps and settings.warmup_fraction:
         raise ValueError(
-            f"optimizer.warmup_steps={settings.warmup_steps} and optimizer.warmup_fraction={settings.warmup_fraction} are both set; keep one"
+            f"optimizer.warmup_steps={settings.warmup_steps} and optimizer.warmup_fraction={settings.warmup_fraction} are set; keep one"
         )
     steps = settings.warmup_steps or math.ceil(settings.warmup_fraction * total_steps)
     if steps >= total_steps:
@@ -108,14 +108,17 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config, total_steps: i
         end_wd=settings.weight_decay,
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run takes the count of steps from the checkpoint, the rest from the configuration
     )
 
 
-def apply_settings(optimizer: MegatronOptimizer, config: Config) -> None:
+def apply_settings(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, config: Config) -> None:
     """Write the configured rates into the optimizer's groups: a loaded optimizer state brings its own, and the configuration wins."""
     for group in optimizer.param_groups:
         group.update(max_lr=config.optimizer.lr, min_lr=config.optimizer.min_lr, eps=config.optimizer.eps)
         group["betas"] = (config.optimizer.beta1, config.optimizer.beta2)
+    scheduler.step(0)
 
 
 def step(optimizer: ChainedOptimizer) -> float:

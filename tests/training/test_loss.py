@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from megatron_longvila.config import Config, LLMConfig, ModelConfig, TrainingConfig
 from megatron_longvila.parallel.plan import IGNORE_INDEX
+from ranks import run_ranks
 
 ROWS, HIDDEN, VOCAB = 24, 16, 90  # 90 pads to 128: with tp 4 the last rank holds 96..127, padding only
 
@@ -19,8 +19,8 @@ class OutputLayer(torch.nn.Module):
 
         super().__init__()
         config = TransformerConfig(
-            num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, use_cpu_initialization=True, perform_initialization=False,
-            tensor_model_parallel_size=tp_size, sequence_parallel=sequence_parallel, gradient_accumulation_fusion=False, cuda_graph_scope=[],
+            num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, tensor_model_parallel_size=tp_size, use_cpu_initialization=True,
+            sequence_parallel=sequence_parallel, perform_initialization=False, gradient_accumulation_fusion=False, cuda_graph_scope=[],
         )  # fmt: skip
         self.output_layer = ColumnParallelLinear(
             HIDDEN, 128, config=config, init_method=None, bias=False, skip_weight_param_allocation=tied

@@ -1,0 +1,318 @@
+"""Sharded training checkpoints: save (also in the background), find the newest good one, resume on any layout, load weights only.
+
+A checkpoint is a folder `step_0000010` with Megatron's `torch_dist` files, the resolved `config.yaml`, and `complete.json`, which lists
+every file with its size. It is written under a hidden name and renamed when complete: a kill at any moment leaves the previous one usable.
+The files hold pickled Python objects: load only checkpoints you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_longvila import config_io, platform
+from megatron_longvila.config import Config
+from megatron_longvila.parallel.groups import Groups
+from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
+
+from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue  # isort: skip
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+COMPLETE = "complete.json"
+_HASHED_BYTES = 16 << 20  # larger files are checked by size alone: reading all of a checkpoint again would cost minutes
+
+
+class Resumable(Protocol):
+    """Something whose state is a dict of plain values and tensors, the same on all ranks: the schedule, the loader."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything a resumed run needs, besides its configuration.
+
+    Attributes:
+        model: the bare model chunk of this rank, not its DDP wrapper (whose keys begin with "module.").
+        optimizer: Megatron's optimizer of that chunk.
+    """
+
+    model: torch.nn.Module
+    optimizer: Any
+    scheduler: Resumable
+    loader: Resumable
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Every public method is collective: all ranks call it together."""
+
+    def __init__(self, root: Path, config: Config, groups: Groups):
+        """`root` is created by the first save. Raises ValueError if checkpoint.keep_last is below 1."""
+        if config.checkpoint.keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last={config.checkpoint.keep_last} must be at least 1: the newest checkpoint is always kept")
+        self.root, self.config, self.groups = root, config, groups
+        self._pending = AsyncCallsQueue(persistent=False) if config.checkpoint.async_save else None
+
+    def save(self, state: TrainingState, step: int) -> None:
+        """Write `step_{step}`. With checkpoint.async_save this returns once the state is copied; `poll` or `wait` completes it."""
+        self.wait()
+        folder = self.root / f".{_name(step)}.partial"
+        if dist.get_rank() == 0:
+            for leftover in self.root.glob(".step_*"):  # of a run that was killed while it wrote or removed
+                shutil.rmtree(leftover)
+            folder.mkdir(parents=True)
+        dist.barrier()
+        metadata = _metadata(self.groups)
+        model = state.model.sharded_state_dict(metadata=metadata)
+        sharded = {
+            "model": model,
+            "optimizer": state.optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata),
+            "rng": _sharded_rng(platform.rng_state()),
+            "progress": self._progress(step),
+            "scheduler": state.scheduler.state_dict(),
+            "loader": state.loader.state_dict(),
+        }
+        request = dist_checkpointing.save(
+            sharded,
+            str(folder),
+            ("torch_dist", 1),
+            async_sharded_save=self._pending is not None,
+            preprocess_common_before_consistancy_check=_comparable,
+            content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
+        )
+        commit = partial(self._commit, folder, step)
+        if self._pending is None:
+            commit()
+        else:
+            request.add_finalize_fn(commit)
+            self._pending.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Complete a background save whose writers have ended on all ranks; returns at once otherwise."""
+        if self._pending is not None and self._pending.get_num_unfinalized_calls():
+            self._pending.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Complete a background save, waiting for its writers."""
+        if self._pending is not None and self._pending.get_num_unfinalized_calls():
+            self._pending.maybe_finalize_async_calls(blocking=True)
+
+    def newest(self) -> Path | None:
+        """The newest complete and undamaged checkpoint; those passed over are named in the log. Rank 0 looks, all ranks get its answer."""
+        found = [self._search() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def resume(self, state: TrainingState) -> int:
+        """Continue from the newest good checkpoint: fills `state` and returns its step, 0 if there is none.
+
+        Any layout may continue; random states are restored on the layout that saved them only.
+
+        Raises:
+            ValueError: the checkpoint was written by another version or with another optimizer backend, or the loader refuses its state.
+        """
+        folder = self.newest()
+        if folder is None:
+            return 0
+        progress = _read_progress(folder)
+        backend = self.config.optimizer.backend
+        if progress["optimizer_backend"] != backend:
+            raise ValueError(
+                f"{folder} was trained with optimizer.backend={progress['optimizer_backend']!r}, this run has {backend!r}; set "
+                f"--optimizer.backend {progress['optimizer_backend']}, or start a new run from its weights with --checkpoint.load {folder}"
+            )
+        metadata = _metadata(self.groups)
+        model = state.model.sharded_state_dict(metadata=metadata)
+        sharded = {"model": model, "optimizer": state.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)}
+        same_layout = progress["layout"] == self._layout()
+        if same_layout:
+            sharded["rng"] = _sharded_rng(None)
+        loaded = dist_checkpointing.load(sharded, str(folder))
+        state.model.load_state_dict(loaded["model"])
+        state.optimizer.load_state_dict(loaded["optimizer"])
+        state.scheduler.load_state_dict(loaded["scheduler"])
+        state.loader.load_state_dict(loaded["loader"])
+        if same_layout:
+            platform.set_rng_state(loaded["rng"])
+        if dist.get_rank() == 0:
+            logger.info("resumed from %s (step %d, written on %s)", folder, progress["step"], progress["layout"])
+        return progress["step"]
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        return {"version": VERSION, "step": step, "layout": self._layout(), "optimizer_backend": self.config.optimizer.backend}
+
+    def _layout(self) -> dict[str, int | str]:
+        mesh = self.groups.mesh
+        sizes = {name: getattr(mesh, name) for name in ("world_size", "tp_size", "pp_size", "ulysses_size", "ring_size")}
+        return sizes | {"device": platform.backend()}
+
+    def _commit(self, folder: Path, step: int) -> None:
+        """Mark the written folder complete, give it its name, point `latest` at it and remove the oldest."""
+        if dist.get_rank() == 0:
+            config_io.save(self.config, folder / "config.yaml")
+            mark_complete(folder)
+            final = self.root / _name(step)
+            if final.exists():  # a damaged one of the same step
+                _remove(final)
+            os.rename(folder, final)
+            write_text(self.root / "latest", final.name + "\n")
+            _sync_folder(self.root)
+            # A later step can only be a damaged one that the resume passed over: it must not push out a good one.
+            names = sorted(path for path in self.root.glob("step_*") if path.name <= final.name)
+            for old in names[: -self.config.checkpoint.keep_last]:
+                _remove(old)
+            logger.info("saved %s", final)
+        dist.barrier()
+
+    def _search(self) -> Path | None:
+        for folder in sorted(self.root.glob("step_*"), reverse=True):
+            damage = find_damage(folder)
+            if damage is None:
+                return folder
+            logger.warning("skipped checkpoint %s: %s", folder, damage)
+        return None
+
+
+def load_weights(folder: Path, model: torch.nn.Module, groups: Groups) -> None:
+    """Fill `model` (this rank's bare chunk, any layout) with the weights of a checkpoint; optimizer and data position are left.
+
+    Build the optimizer afterwards: it copies the weights.
+
+    Raises:
+        ValueError: `folder` is no complete checkpoint; the message says what is wrong with it.
+    """
+    damage = find_damage(folder)
+    if damage is not None:
+        raise ValueError(f"checkpoint.load={folder} cannot be used: {damage}")
+    _read_progress(folder)
+    loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=_metadata(groups))}, str(folder))
+    model.load_state_dict(loaded["model"])
+
+
+def save_weights(folder: Path, model: torch.nn.Module, config: Config, groups: Groups) -> None:
+    """Write a checkpoint of weights alone, for `load_weights`. All ranks call it; `folder` must not exist yet."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    metadata = _metadata(groups)
+    progress = {"version": VERSION, "step": 0, "layout": {}, "optimizer_backend": ""}
+    dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata), "progress": progress}, str(folder), ("torch_dist", 1))
+    if dist.get_rank() == 0:
+        config_io.save(config, folder / "config.yaml")
+        mark_complete(folder)
+    dist.barrier()
+
+
+def mark_complete(folder: Path) -> None:
+    """Write `complete.json`: size of every file, and the SHA-256 of the small ones. Everything is on disk before the mark is."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+        files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _digest(path)}
+    _sync_folder(folder)
+    write_text(folder / COMPLETE, json.dumps({"version": VERSION, "files": files}, indent=1) + "\n")
+    _sync_folder(folder)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What makes a checkpoint folder unusable, None if nothing was found."""
+    mark = folder / COMPLETE
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not mark.exists():
+        return f"it has no {COMPLETE}, so its writing did not end"
+    try:
+        files = json.loads(mark.read_text())["files"]
+    except (json.JSONDecodeError, KeyError) as error:
+        return f"{COMPLETE} cannot be read ({error!r})"
+    for name, facts in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
+        if facts["sha256"] and _digest(path) != facts["sha256"]:
+            return f"{name} has other content than was written"
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step, on disk when this returns."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:07d}"
+
+
+def _metadata(groups: Groups) -> dict[str, Any]:
+    """How Megatron shards the state. Layers are keyed one by one, so that freezing or adapting some of them stays possible; the optimizer
+    is written per parameter, for any layout, and gathered to one rank of each dp x cp group in host memory instead of to all of them."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "non_homogeneous_layers": True,
+        "dp_cp_group": groups.dp_cp,
+    }
+
+
+def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
+    """Each rank's own random state."""
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
+
+
+def _comparable(common: dict[str, Any]) -> dict[str, Any]:
+    """The part of the common state that must be the same on all ranks: the optimizer's gathered state exists on one rank per group only."""
+    return {key: value for key, value in common.items() if key != "optimizer"}
+
+
+def _read_progress(folder: Path) -> dict[str, Any]:
+    progress = dist_checkpointing.load_common_state_dict(str(folder)).get("progress")
+    if progress is None or progress["version"] != VERSION:
+        found = None if progress is None else progress["version"]
+        raise ValueError(f"{folder} has checkpoint format {found}, this program reads {VERSION}; convert it with the program that wrote it")
+    return progress
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a small file, None for a large one."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.stat().st_size <= _HASHED_BYTES else None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint so that a kill on the way leaves no folder that looks like one."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,218 @@
+"""What a training step reports: model FLOPs, one JSON line per logged step, optional TensorBoard and W&B, and the loss curve.
+
+FLOPs are those of the model, not of the machine: recomputed layers, padding, padded vocabulary columns and pipeline bubbles do not count.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longvila.config import Config
+
+# Dense bf16 peak of one device in FLOP/s, by a piece of its name. Sources: the vendors' data sheets, figures without sparsity.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of one device, None if the name is not in the table (a CPU, for one)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """Forward and backward FLOPs of a row, split as they scale: `frame` per frame, `token` per unpadded token, `pair` per attended pair
+    of positions of one sample (L * (L + 1) / 2 of them for a sample of L tokens), `label` per labelled row."""
+
+    frame: float
+    token: float
+    pair: float
+    label: float
+
+    def row(self, sample_lengths: tuple[int, ...], num_frames: int, num_labels: int) -> float:
+        """FLOPs of a row of samples of these unpadded lengths."""
+        pairs = sum(length * (length + 1) / 2 for length in sample_lengths)
+        return self.frame * num_frames + self.token * sum(sample_lengths) + self.pair * pairs + self.label * num_labels
+
+
+def row_cost(config: Config) -> RowCost:
+    """FLOPs of training on a row, from the matrix products of the model; 2 FLOPs per multiply-add.
+
+    Forward: a linear layer of a x b costs 2ab per row, attention 4 * heads * head_dim per pair (scores and values). Backward costs a linear
+    layer once more for its weight (if it is trained) and once more for its input (if anything before it is trained); attention has no
+    weight, and its backward costs twice its forward. Norms, activations, rotary and softmax are left out.
+    """
+    vision, projector, llm = config.model.vision, config.model.projector, config.model.llm
+    trained = set(config.training.trainable)
+    tower_factor = 3 if "vision" in trained else 1
+    projector_factor = 1 + ("projector" in trained) + ("vision" in trained)
+    # A trained decoder passes gradients through all of its layers; a frozen one only if something before it is trained.
+    llm_factor = 3 if "llm" in trained else 2 if trained else 1
+    llm_attention_factor = 3 if trained else 1
+
+    patches, width = vision.grid_size**2, vision.hidden_size
+    tower_layer = 2 * patches * (4 * width * width + 2 * width * vision.ffn_hidden_size) + 4 * patches * patches * width
+    frame = tower_factor * (vision.built_layers * tower_layer + 2 * patches * 3 * vision.patch_size**2 * width)
+    hidden = llm.hidden_size
+    first = width * projector.downsample**2 * hidden
+    if projector.type == "linear":
+        layers = width * hidden
+    elif projector.type == "mlp_downsample_3x3_fix":
+        layers = 9 * width * 3 * width + 3 * width * hidden + hidden * hidden
+    else:
+        layers = first + hidden * hidden
+    frame += projector_factor * 2 * config.model.tokens_per_frame * layers
+
+    heads = llm.num_attention_heads * llm.head_dim
+    kv_heads = llm.num_query_groups * llm.head_dim
+    layer = 2 * (hidden * (heads + 2 * kv_heads) + heads * hidden + 3 * hidden * llm.ffn_hidden_size)
+    return RowCost(
+        frame=frame,
+        token=llm_factor * llm.num_layers * layer,
+        pair=llm_attention_factor * llm.num_layers * 4 * heads,
+        label=llm_factor * 2 * hidden * llm.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl.
+
+    Attributes:
+        loss: mean over the labelled tokens of the global batch; None if it had none (the step then changed nothing).
+        grad_norm: before clipping; None if there was no update.
+        tokens_per_s, frames_per_s: unpadded tokens and frames of the whole job.
+        mfu: model FLOPs per second over the peak of all devices; None where the peak is unknown.
+        data_wait_s: the longest any rank waited for its rows.
+        memory_gib: the most any rank has used so far.
+        skipped_samples: samples skipped since the run began.
+        eta_s: seconds to the last step at the recent pace.
+        sample_ids: of the global batch, row after row; only written with logging.sample_ids.
+    """
+
+    step: int
+    loss: float | None
+    lr: float
+    grad_norm: float | None
+    tokens_per_s: float
+    frames_per_s: float
+    mfu: float | None
+    data_wait_s: float
+    memory_gib: float
+    skipped_samples: int
+    eta_s: float
+    sample_ids: list[list[str]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; `sample_ids` only if recorded."""
+        fields = asdict(self)
+        if self.sample_ids is None:
+            del fields["sample_ids"]
+        return fields
+
+    def line(self, total_steps: int) -> str:
+        """For the console."""
+        loss = "no labels" if self.loss is None else f"{self.loss:.4f}"
+        norm = "-" if self.grad_norm is None else f"{self.grad_norm:.3f}"
+        mfu = "" if self.mfu is None else f" | mfu {self.mfu:.1%}"
+        minutes, seconds = divmod(round(self.eta_s), 60)
+        return (
+            f"step {self.step}/{total_steps} | loss {loss} | lr {self.lr:.3e} | grad norm {norm} | {self.tokens_per_s:.0f} tokens/s | "
+            f"{self.frames_per_s:.1f} frames/s{mfu} | data wait {self.data_wait_s:.2f} s | {self.memory_gib:.2f} GiB | "
+            f"skipped {self.skipped_samples} | eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        )
+
+
+class MetricsLog:
+    """metrics.jsonl of a run directory and the sinks the configuration asks for. For rank 0."""
+
+    def __init__(self, run_dir: Path, config: Config, resumed_step: int):
+        """Open the log. Lines past `resumed_step` (a run that was killed after its last checkpoint) are removed: each step stands once.
+
+        Raises:
+            ValueError: a sink is asked for and its package is not installed.
+        """
+        self.path = run_dir / "metrics.jsonl"
+        keep = [line for line in read_lines(self.path) if line["step"] <= resumed_step]
+        _replace(self.path, "".join(json.dumps(line) + "\n" for line in keep))
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (open for the whole run, one write per line)
+        self._board = self._run = None
+        if config.logging.tensorboard:
+            writer = _require("torch.utils.tensorboard", "tensorboard", "--logging.tensorboard false")
+            self._board = writer.SummaryWriter(str(run_dir / "tensorboard"))
+        if config.logging.wandb_project:
+            wandb = _require("wandb", "wandb", '--logging.wandb_project ""')
+            self._run = wandb.init(project=config.logging.wandb_project, dir=str(run_dir), id=run_dir.name, resume="allow")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line; `values["step"]` is the step."""
+        self._file.write(json.dumps(values) + "\n")
+        scalars = {key: value for key, value in values.items() if isinstance(value, int | float) and key != "step"}
+        if self._board is not None:
+            for key, value in scalars.items():
+                self._board.add_scalar(key, value, values["step"])
+        if self._run is not None:
+            self._run.log(scalars, step=values["step"])
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._run is not None:
+            self._run.finish()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file, empty if there is none. A last line without its newline was cut off by a kill and is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace a small JSON file in one step: a reader never sees half of it."""
+    _replace(path, json.dumps(values) + "\n")
+
+
+def plot_loss(run_dir: Path) -> Path:
+    """Draw the loss of metrics.jsonl over the steps into loss.png and return its path.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    _require("matplotlib", "matplotlib", "draw it elsewhere from metrics.jsonl")
+    from matplotlib.figure import Figure
+
+    lines = read_lines(run_dir / "metrics.jsonl")
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.subplots()
+    for key, label in (("loss", "training"), ("evaluation_loss", "held out")):
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss per labelled token (nats)", title=run_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    path = run_dir / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _require(module: str, package: str, otherwise: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{module} could not be imported ({error}); run: pip install {package}, or {otherwise}") from error
