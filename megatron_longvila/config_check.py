@@ -1,0 +1,328 @@
+"""Cross-field checks of a configuration: every rule that joins two fields, before torch is imported and any GPU is touched.
+
+Each refusal is a ValueError with the values, the rule and the way out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_longvila.config import Config, OptimizerConfig, RopeScaling
+from megatron_longvila.mesh import Mesh, pipeline_layers, resolve_mesh
+
+MAX_BATCH_TOKENS = 2**31 - 1  # megatron's schedules count tokens in int32
+
+
+def check(config: Config, world_size: int) -> Mesh:
+    """The mesh of a legal configuration on `world_size` ranks; ValueError for the first rule that is broken.
+
+    Reads no file and imports no torch: `check_inputs` and `check_device` look at the disk and at the machine.
+    """
+    _check_positive(config)
+    _check_vision(config)
+    _check_llm(config)
+    mesh = _mesh(config, world_size)
+    _check_parallel(config, mesh)
+    _check_data(config, mesh)
+    _check_optimizer(config.optimizer, config.training.steps)
+    _check_training(config)
+    _check_extras(config)
+    return mesh
+
+
+def resolve(config: Config, *, world_size: int, gpus_per_host: int) -> Config:
+    """The checked `config` with every `auto` of the mesh replaced by its number: what is printed, saved and used by a resume.
+
+    `gpus_per_host` is used where the configuration says `auto`. Raises ValueError as `check` does.
+    """
+    if config.parallel.gpus_per_host == "auto":
+        config = replace(config, parallel=replace(config.parallel, gpus_per_host=gpus_per_host))
+    mesh = check(config, world_size)
+    return replace(
+        config, parallel=replace(config.parallel, cp_size=mesh.cp_size, ulysses_size=mesh.ulysses_size, ring_size=mesh.ring_size)
+    )
+
+
+def check_inputs(config: Config) -> None:
+    """Raises ValueError if a dataset, the tokenizer or the checkpoint a training run names is not there."""
+    if not config.data.train:
+        raise ValueError("data.train=[] must name at least one folder written by tools/preprocess_video.py; set --data.train '[DIR]'")
+    for name, folders in (("train", config.data.train), ("evaluation", config.data.evaluation)):
+        for folder in folders:
+            if not Path(folder, "dataset.json").is_file():
+                raise ValueError(
+                    f"data.{name}: {folder!r} holds no dataset.json; write it with tools/preprocess_video.py --output {folder}"
+                )
+    if not config.data.tokenizer:
+        raise ValueError(
+            "data.tokenizer='' must be a SentencePiece .model file or a Hugging Face tokenizer folder; set --data.tokenizer PATH"
+        )
+    for name, path in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
+        if path and not Path(path).exists():
+            raise ValueError(f"{name}={path!r} does not exist; correct the path (relative paths start at {Path.cwd()})")
+
+
+def check_device(config: Config) -> None:
+    """Raises ValueError if this machine has not what the configuration asks of it. Imports torch."""
+    from megatron_longvila import platform
+
+    if not platform.is_cpu():
+        return
+    for name, value, otherwise in (
+        ("model.layers", config.model.layers, "local"),
+        ("model.attention_backend", config.model.attention_backend, "auto"),
+        ("optimizer.backend", config.optimizer.backend, "torch"),
+    ):
+        if value in ("te", "apex", "cudnn", "flash"):
+            raise ValueError(f"{name}={value!r} needs a CUDA device and this machine shows none; use --{name} {otherwise}")
+
+
+def _check_positive(config: Config) -> None:
+    """Counts that make no sense below one (or zero)."""
+    vision, llm, video = config.model.vision, config.model.llm, config.data.video
+    for prefix, part, names in (
+        ("model.vision", vision, "image_size patch_size hidden_size ffn_hidden_size num_attention_heads frames_per_micro_batch"),
+        ("model.llm", llm, "hidden_size ffn_hidden_size num_layers num_attention_heads num_query_groups head_dim vocab_size"),
+        ("data", config.data, "context_length global_batch_size"),
+        ("data.video", video, "num_frames fps timeout_s"),
+        ("parallel", config.parallel, "tp_size pp_size timeout_s"),
+        ("training", config.training, "loss_chunk_rows"),
+        ("checkpoint", config.checkpoint, "keep_last"),
+        ("logging", config.logging, "interval"),
+    ):
+        for name in names.split():
+            if getattr(part, name) <= 0:
+                raise ValueError(f"{prefix}.{name}={getattr(part, name)} must be positive; the default is {getattr(type(part)(), name)}")
+    for prefix, part, names in (
+        ("training", config.training, "steps evaluation_interval evaluation_rows"),
+        ("checkpoint", config.checkpoint, "save_interval"),
+        ("data", config.data, "num_workers"),
+    ):
+        for name in names.split():
+            if getattr(part, name) < 0:
+                raise ValueError(f"{prefix}.{name}={getattr(part, name)} must not be negative; 0 turns it off")
+
+
+def _check_vision(config: Config) -> None:
+    vision, tp_size = config.model.vision, config.parallel.tp_size
+    if vision.preprocess == "dynamic":
+        raise ValueError(
+            "model.vision.preprocess='dynamic' (tiling of images) is not supported: a frame is one square image; use 'resize' or 'pad'"
+        )
+    if vision.image_size < vision.patch_size:
+        raise ValueError(
+            f"model.vision.image_size={vision.image_size} must be at least patch_size={vision.patch_size}; raise image_size (384 or 448)"
+        )
+    if not 1 <= vision.built_layers <= vision.num_layers:
+        raise ValueError(
+            f"model.vision.select_layer={vision.select_layer} must count from the end, between -1 and -num_layers = -{vision.num_layers}; "
+            "-2 is what LongVILA uses"
+        )
+    if vision.hidden_size % vision.num_attention_heads:
+        raise ValueError(
+            f"model.vision.hidden_size={vision.hidden_size} must be divisible by num_attention_heads={vision.num_attention_heads}; "
+            "take both from the tower's config.json"
+        )
+    for name in ("num_attention_heads", "ffn_hidden_size"):
+        _check_tp("model.vision", name, getattr(vision, name), tp_size)
+
+
+def _check_llm(config: Config) -> None:
+    llm, tp_size = config.model.llm, config.parallel.tp_size
+    if llm.num_attention_heads % llm.num_query_groups:
+        raise ValueError(
+            f"model.llm.num_attention_heads={llm.num_attention_heads} must be divisible by num_query_groups={llm.num_query_groups} "
+            "(query heads share KV heads in whole groups); take both from the model's config.json"
+        )
+    if llm.head_dim % 2:
+        raise ValueError(
+            f"model.llm.head_dim={llm.head_dim} must be even: rotary embeddings turn pairs; take it from the model's config.json"
+        )
+    _check_tp("model.llm", "num_attention_heads", llm.num_attention_heads, tp_size)
+    _check_tp("model.llm", "ffn_hidden_size", llm.ffn_hidden_size, tp_size)
+    _check_tp("model.llm", "padded_vocab_size", llm.padded_vocab_size, tp_size)
+    if llm.rotary_base <= 1:
+        raise ValueError(f"model.llm.rotary_base={llm.rotary_base} must be above 1; Qwen2 uses 1000000.0, Llama 3 500000.0")
+    if llm.rope_scaling is not None:
+        _check_rope_scaling(llm.rope_scaling)
+    if config.data.context_length > llm.max_position_embeddings:
+        raise ValueError(
+            f"data.context_length={config.data.context_length} must not exceed model.llm.max_position_embeddings="
+            f"{llm.max_position_embeddings}: positions beyond it were never trained; raise both it and rotary_base "
+            "(the context-extension stage), or lower context_length"
+        )
+
+
+def _check_rope_scaling(scaling: RopeScaling) -> None:
+    if scaling.factor < 1:
+        raise ValueError(f"model.llm.rope_scaling.factor={scaling.factor} must be at least 1; remove rope_scaling for no scaling")
+    if scaling.type == "llama3" and not scaling.low_freq_factor < scaling.high_freq_factor:
+        raise ValueError(
+            f"model.llm.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below high_freq_factor={scaling.high_freq_factor}; "
+            "Llama 3.1 uses 1.0 and 4.0"
+        )
+
+
+def _check_tp(prefix: str, name: str, value: int, tp_size: int) -> None:
+    if value % tp_size:
+        fits = max(size for size in range(1, tp_size + 1) if value % size == 0)
+        raise ValueError(f"{prefix}.{name}={value} must be divisible by parallel.tp_size={tp_size}; use --parallel.tp_size {fits}")
+
+
+def _mesh(config: Config, world_size: int) -> Mesh:
+    llm, parallel = config.model.llm, config.parallel
+    gpus_per_host = world_size if parallel.gpus_per_host == "auto" else parallel.gpus_per_host
+    if gpus_per_host < 1:
+        raise ValueError(f"parallel.gpus_per_host={gpus_per_host} must be at least 1; `auto` takes torchrun's LOCAL_WORLD_SIZE")
+    return resolve_mesh(
+        parallel,
+        world_size=world_size,
+        num_kv_heads=llm.num_query_groups,
+        num_heads=llm.num_attention_heads,
+        gpus_per_host=gpus_per_host,
+    )
+
+
+def _check_parallel(config: Config, mesh: Mesh) -> None:
+    parallel = config.parallel
+    if parallel.virtual_pp_size != 1:
+        # Megatron's interleaved schedule on two stages gives wrong gradients with batched p2p, without an error.
+        raise ValueError(
+            f"parallel.virtual_pp_size={parallel.virtual_pp_size} is not supported, only 1 is: interleaved stages are silently wrong on "
+            "pp_size=2 in megatron-core 0.16.1; balance the stages with --parallel.pipeline_layers instead"
+        )
+    pipeline_layers(config.model.llm.num_layers, mesh.pp_size, parallel.pipeline_layers)
+    if parallel.sequence_parallel and mesh.tp_size == 1:
+        raise ValueError(
+            "parallel.sequence_parallel=true shards norm activations over tp and needs tp_size > 1, but tp_size=1; "
+            "raise tp_size or set --parallel.sequence_parallel false (MM-SP over ulysses and ring does not need it)"
+        )
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        raise ValueError(
+            "parallel.overlap_param_gather=true needs overlap_grad_reduce=true, which is false; set --parallel.overlap_grad_reduce true"
+        )
+
+
+def _check_data(config: Config, mesh: Mesh) -> None:
+    data, model = config.data, config.model
+    if data.global_batch_size % mesh.dp_size:
+        below, above = data.global_batch_size // mesh.dp_size * mesh.dp_size, -(-data.global_batch_size // mesh.dp_size) * mesh.dp_size
+        way_out = " or ".join(str(size) for size in (below, above) if size)
+        raise ValueError(
+            f"data.global_batch_size={data.global_batch_size} must be divisible by dp_size = world_size / (tp * pp * cp) = "
+            f"{mesh.world_size} / ({mesh.tp_size} * {mesh.pp_size} * {mesh.cp_size}) = {mesh.dp_size}; use {way_out}, or spread each "
+            "sequence over more ranks (ulysses_size, ring_size)"
+        )
+    # Each frame is followed by at least one newline token, and a sample has some text.
+    visual_tokens = data.video.num_frames * (model.tokens_per_frame + 1)
+    if visual_tokens >= data.context_length:
+        fits = (data.context_length - 1) // (model.tokens_per_frame + 1)
+        way_out = f"lower num_frames to {fits} or less" if fits else "raise context_length"
+        raise ValueError(
+            f"data.video.num_frames={data.video.num_frames} frames of {model.tokens_per_frame} visual tokens and a newline are "
+            f"{visual_tokens} tokens, which must stay below data.context_length={data.context_length} to leave room for text; {way_out}, "
+            f"or set --data.context_length above {visual_tokens}"
+        )
+    batch_tokens = data.global_batch_size * data.context_length
+    if batch_tokens > MAX_BATCH_TOKENS:
+        raise ValueError(
+            f"data.global_batch_size * data.context_length = {data.global_batch_size} * {data.context_length} = {batch_tokens} must not "
+            f"exceed {MAX_BATCH_TOKENS}: megatron counts the tokens of a step in int32; lower global_batch_size"
+        )
+    if not 0 <= data.max_bad_fraction <= 1:
+        raise ValueError(f"data.max_bad_fraction={data.max_bad_fraction} must be between 0 and 1; 0.05 allows one bad sample in twenty")
+
+
+def _check_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
+    if optimizer.warmup_steps and optimizer.warmup_fraction:
+        raise ValueError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} and warmup_fraction={optimizer.warmup_fraction} are both set; set one to 0"
+        )
+    if optimizer.warmup_steps < 0 or not 0 <= optimizer.warmup_fraction < 1:
+        raise ValueError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} must not be negative and warmup_fraction={optimizer.warmup_fraction} must be "
+            "in [0, 1); 0.03 warms up over 3% of the steps"
+        )
+    if steps and optimizer.warmup_steps >= steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} must be below training.steps={steps}; the schedule would never leave "
+            "warm-up: lower warmup_steps"
+        )
+    if optimizer.lr <= 0 or not 0 <= optimizer.min_lr <= optimizer.lr:
+        raise ValueError(
+            f"optimizer.lr={optimizer.lr} must be positive and min_lr={optimizer.min_lr} between 0 and lr; lower min_lr or raise lr"
+        )
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise ValueError(
+                f"optimizer.{name}={getattr(optimizer, name)} must be in [0, 1); the default is {getattr(OptimizerConfig(), name)}"
+            )
+    for name in ("weight_decay", "clip_grad", "eps"):
+        if getattr(optimizer, name) < 0:
+            raise ValueError(f"optimizer.{name}={getattr(optimizer, name)} must not be negative; 0 turns it off")
+
+
+def _check_training(config: Config) -> None:
+    training, model = config.training, config.model
+    if not training.trainable:
+        raise ValueError("training.trainable=[] leaves nothing to train; name at least one of vision, projector, llm")
+    if len(set(training.trainable)) != len(training.trainable):
+        raise ValueError(f"training.trainable={training.trainable} names a part twice; name each part once")
+    if not training.steps and training.epochs < 1:
+        raise ValueError(f"training.epochs={training.epochs} must be at least 1 when training.steps=0; set one of them")
+    if training.evaluation_interval and not config.data.evaluation:
+        raise ValueError(
+            f"training.evaluation_interval={training.evaluation_interval} needs held-out rows, but data.evaluation=[]; name a dataset "
+            "folder or set evaluation_interval to 0"
+        )
+    if training.precision == "fp32":
+        if model.layers == "te":
+            raise ValueError(
+                "model.layers='te' with training.precision='fp32' would multiply in TF32, not in fp32; use --training.precision bf16 or "
+                "--model.layers local"
+            )
+        if model.attention_backend in ("cudnn", "flash"):
+            raise ValueError(
+                f"model.attention_backend={model.attention_backend!r} has no fp32 kernel, but training.precision='fp32'; use "
+                "--training.precision bf16 or --model.attention_backend reference"
+            )
+
+
+def _check_extras(config: Config) -> None:
+    """Optional packages a configuration asks for, looked up without importing them."""
+    te = "pip install 'megatron-longvila[te]' on a machine with CUDA"
+    for name, value, wanted, package, remedy, otherwise in (
+        ("model.layers", config.model.layers, "te", "transformer_engine", te, "--model.layers local"),
+        ("optimizer.backend", config.optimizer.backend, "te", "transformer_engine", te, "--optimizer.backend torch"),
+        (
+            "logging.tensorboard",
+            config.logging.tensorboard,
+            True,
+            "tensorboard",
+            "pip install 'megatron-longvila[logging]'",
+            "set it to false",
+        ),
+        (
+            "logging.wandb_project",
+            bool(config.logging.wandb_project),
+            True,
+            "wandb",
+            "pip install 'megatron-longvila[logging]'",
+            "leave it empty",
+        ),
+    ):
+        if value == wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{name}={value!r} needs the package {package}, which is not installed; {remedy}, or {otherwise}")
+    if config.optimizer.backend == "apex" and not _has_apex_optimizers():
+        raise ValueError(
+            "optimizer.backend='apex' needs NVIDIA apex (apex.optimizers), which is not installed; build it from its source repository "
+            "(the package named apex on the index is another one), or --optimizer.backend torch"
+        )
+
+
+def _has_apex_optimizers() -> bool:
+    """NVIDIA's apex has a folder `optimizers`; the unrelated package of that name has not. Nothing is imported."""
+    spec = importlib.util.find_spec("apex")
+    return spec is not None and any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or ())

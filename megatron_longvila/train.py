@@ -1,0 +1,43 @@
+"""The one entry point of every training stage.
+
+    torchrun --nproc_per_node 4 -m megatron_longvila.train --config examples/models/qwen2_7b_siglip_448.yaml --config STAGE.yaml [flags]
+
+The command line is parsed and checked before torch is imported: `--help` is quick, and a mistake costs no GPU time.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_longvila.config import Config
+from megatron_longvila.config_check import check_device, check_inputs, resolve
+from megatron_longvila.config_io import parse
+
+
+def configure(argv: Sequence[str], *, world_size: int, gpus_per_host: int) -> Config:
+    """The checked configuration of a command line with the mesh resolved. Raises ValueError for what a user did wrong."""
+    config = parse(argv, prog="python -m megatron_longvila.train")
+    config = resolve(config, world_size=world_size, gpus_per_host=gpus_per_host)
+    check_inputs(config)
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check, train. A configuration error is one line on stderr and exit code 1."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    gpus_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    try:
+        config = configure(sys.argv[1:] if argv is None else argv, world_size=world_size, gpus_per_host=gpus_per_host)
+        check_device(config)
+    except ValueError as error:
+        # One voice per host: the other ranks saw the same command line.
+        raise SystemExit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1) from None
+    from megatron_longvila.training.loop import train
+
+    train(config)
+
+
+if __name__ == "__main__":
+    main()

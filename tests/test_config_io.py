@@ -1,0 +1,165 @@
+"""Command line and YAML to Config: precedence, refusals, round trip, presets, and what `--help` may import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_longvila.config import Config, RopeScaling
+from megatron_longvila.config_check import check
+from megatron_longvila.config_io import from_dict, load, parse, save, to_dict
+
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted((ROOT / "examples" / "models").glob("*.yaml"))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("optimizer: {lr: 1e-4, min_lr: 1e-6}\ndata: {train: [a, b]}\n")
+    second.write_text("optimizer: {lr: 3e-4}\nmodel: {llm: {rope_scaling: {type: linear, factor: 2}}}\n")
+    return str(first), str(second)
+
+
+def test_later_files_win_and_flags_win_over_all(files):
+    first, second = files
+    config = parse(["--config", first, "--config", second])
+    assert (config.optimizer.lr, config.optimizer.min_lr, config.data.train) == (3e-4, 1e-6, ["a", "b"])
+    assert config.model.llm.rope_scaling == RopeScaling(type="linear", factor=2.0)
+    assert parse(["--config", second, f"--config={first}"]).optimizer.lr == 1e-4
+    # A flag wins also when it stands before the file.
+    assert parse(["--optimizer.lr", "5e-4", "--config", first]).optimizer.lr == 5e-4
+    assert parse(["--config", first, "--optimizer.lr=5e-4", "--config", second]).optimizer.lr == 5e-4
+
+
+def test_values_are_typed():
+    config = parse(["--parallel.ulysses_size", "4", "--parallel.pipeline_layers", "[1,3]", "--training.trainable", "[projector]"])
+    assert config.parallel.ulysses_size == 4 and config.parallel.ring_size == "auto"
+    assert config.parallel.pipeline_layers == [1, 3] and config.training.trainable == ["projector"]
+    assert parse([]) == Config()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--parallel.ulyses_size", "4"], ["unrecognized", "nearest fields", "parallel.ulysses_size"]),
+        (["--parallel.tp", "4"], ["unrecognized", "parallel.tp_size"]),
+        (["--output_di", "x"], ["unrecognized", "output_dir"]),
+        (["--training.precision", "fp8"], ["training.precision", "fp8", "bf16"]),
+        (["--parallel.tp_size", "two"], ["parallel.tp_size", "two", "int"]),
+        (["--parallel.ulysses_size", "most"], ["parallel.ulysses_size", "most"]),
+        (["--data.train", "folder"], ["data.train", "folder", "'[a, b]'"]),
+        (["--training.trainable", "[head]"], ["training.trainable", "head"]),
+        (["--model.llm.rope_scaling", "{type: linear}"], ["rope_scaling", "factor"]),
+        (["--config", "absent.yaml"], ["absent.yaml", "does not exist"]),
+        (["--config"], ["--config", "expected one argument"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_mistakes_are_refused_by_name(argv, words):
+    with pytest.raises(ValueError) as error:
+        parse(argv)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {llm: {hiden_size: 3}}", ["model", "llm.hiden_size", "nearest fields: model.llm.hidden_size"]),
+        ("optimzer: {lr: 1}", ["optimzer.lr", "nearest fields: optimizer.lr"]),
+        ("optimizer: {lr: fast}", ["optimizer.lr", "fast"]),
+    ],
+)
+def test_unknown_keys_in_files_are_refused(tmp_path, text, words):
+    (tmp_path / "bad.yaml").write_text(text)
+    for read in (lambda: load(tmp_path / "bad.yaml"), lambda: parse(["--config", str(tmp_path / "bad.yaml")])):
+        with pytest.raises(ValueError) as error:
+            read()
+        for word in words:
+            assert word in str(error.value)
+
+
+def test_unknown_keys_in_dictionaries_are_refused():
+    with pytest.raises(ValueError, match="nearest fields: data.video.num_frames"):
+        from_dict({"data": {"video": {"num_frame": 3}}})
+
+
+def test_saved_configuration_reads_back_equal(tmp_path, files):
+    config = parse(["--config", files[0], "--config", files[1], "--parallel.cp_size", "4", "--optimizer.eps", "1e-12"])
+    save(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_are_legal(path):
+    config = load(path)
+    assert check(config, world_size=1)
+    stem = path.stem.rsplit("_", 1)
+    if stem[0] != "tiny":
+        size = int(stem[1])
+        assert config.model.vision.image_size == size
+        assert config.model.tokens_per_frame == {384: 196, 448: 256}[size]
+        assert f"{config.model.tokens_per_frame} visual tokens" in path.read_text()
+        assert config.model.llm.num_attention_heads * config.model.llm.head_dim == config.model.llm.hidden_size
+
+
+def test_preset_names():
+    assert {path.stem for path in PRESETS} == {"tiny"} | {
+        f"{llm}_siglip_{size}" for llm in ("qwen2_1.5b", "qwen2_7b", "llama3_8b") for size in (384, 448)
+    }
+
+
+def test_tiny_is_legal_on_the_meshes_of_the_tests():
+    for world_size, flags in [
+        (2, ["--parallel.tp_size", "2"]),
+        (4, ["--parallel.pp_size", "4"]),
+        (4, ["--parallel.ulysses_size", "4"]),
+        (8, ["--parallel.tp_size", "2", "--parallel.pp_size", "2", "--parallel.ulysses_size", "2"]),
+        (8, ["--parallel.ulysses_size", "2", "--parallel.ring_size", "4"]),
+    ]:
+        assert check(parse(["--config", str(ROOT / "examples/models/tiny.yaml"), *flags]), world_size).dp_size == 1
+
+
+def run_train(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_longvila.train", *argv], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+def test_help_prints_every_field_and_exits_0():
+    done = run_train("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for flag in ("--output_dir", "--parallel.ulysses_size", "--model.llm.num_query_groups", "--print_config", "--config"):
+        assert flag in done.stdout
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--print_config"], ["--parallel.tp_size", "3"]])
+def test_no_torch_before_the_configuration_is_right(argv):
+    code = (
+        "import sys\nfrom megatron_longvila import train\n"
+        f"try: train.main({argv!r})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'megatron', 'numpy', 'transformers', 'av'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_print_config_is_a_configuration(tmp_path):
+    done = run_train("--parallel.tp_size", "2", "--print_config")
+    assert done.returncode == 0
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert load(tmp_path / "printed.yaml") == parse(["--parallel.tp_size", "2"])
+
+
+def test_a_mistake_is_one_line_and_exit_1():
+    done = run_train("--parallel.virtual_pp_size", "2")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: parallel.virtual_pp_size=2 is not supported")
+    quiet = run_train("--parallel.virtual_pp_size", "2", LOCAL_RANK="1", WORLD_SIZE="2")
+    assert quiet.returncode == 1 and quiet.stderr == ""
