@@ -74,7 +74,7 @@ class MicroBatch:
         positions_T: int64; rotary positions.
         sample_ids: every sample of the row, failed ones too.
         skipped: ids of the samples whose labels are all ignored because their media failed.
-        num_tokens: of the whole row, without padding.
+        sample_lengths: tokens of each sample of the whole row, without padding.
         num_frames: of the whole row.
     """
 
@@ -85,8 +85,13 @@ class MicroBatch:
     plan: RankPlan
     sample_ids: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
-    num_tokens: int = 0
+    sample_lengths: tuple[int, ...] = ()
     num_frames: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole row, without padding."""
+        return sum(self.sample_lengths)
 
 
 def build_micro_batch(row: Row, plan: RankPlan, frames_FSS3: torch.Tensor, failed_places: Collection[int] = ()) -> MicroBatch:
@@ -113,7 +118,7 @@ def build_micro_batch(row: Row, plan: RankPlan, frames_FSS3: torch.Tensor, faile
         plan,
         row.sample_ids,
         tuple(row.sample_ids[place] for place in sorted(failed_places)),
-        num_tokens=row.starts[-1],
+        sample_lengths=tuple(map(len, row.samples)),
         num_frames=len(row.frame_places),
     )
 
