@@ -47,3 +47,14 @@ def test_the_private_operations_take_our_arguments(backend, num_rows, num_keys, 
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, torch.bfloat16, (num_rows, 8), torch.float32)
     dq, dk, dv = backend.backward(torch.empty_like(out), q, k, v, out, lse, causal=causal, scale=0.1)
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
+
+
+def test_heads_that_a_gpu_backend_cannot_do_are_refused_with_the_way_out():
+    cudnn = object.__new__(backends.CudnnBackend)  # the constructor refuses a machine without a GPU
+    with pytest.raises(ValueError, match="bfloat16 or float16, not torch.float32.*'reference'"):
+        cudnn.check(head_dim=64, dtype=torch.float32)
+    with pytest.raises(ValueError, match="head_dim=192 .*at most 128.*flash"):
+        cudnn.check(head_dim=192, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="head_dim=60 .*multiple of 8"):
+        cudnn.check(head_dim=60, dtype=torch.bfloat16)
+    cudnn.check(head_dim=128, dtype=torch.bfloat16)

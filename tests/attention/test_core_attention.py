@@ -166,20 +166,3 @@ def test_what_it_cannot_compute_is_refused(heads, changes, transport, words):
 
     with pytest.raises(ValueError, match=words):
         _core_attention(FourUlyssesRanks, heads, torch.float32, transport, **changes)
-
-
-def test_a_backend_that_cannot_do_the_heads_is_refused_at_construction():
-    warm_parent()
-    from megatron_longvila.attention.backends import CudnnBackend
-
-    class OneRank:
-        mesh = Mesh(1, 1, 1, 1, 1)
-        ring = ulysses = None
-
-    cudnn = object.__new__(CudnnBackend)  # its constructor refuses a machine without a GPU
-    with pytest.raises(ValueError, match="bfloat16 or float16, not torch.float32"):
-        cudnn.check(head_dim=64, dtype=torch.float32)
-    with pytest.raises(ValueError, match="head_dim=192 .*at most 128.*flash"):
-        cudnn.check(head_dim=192, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="head_dim=60 .*multiple of 8"):
-        cudnn.check(head_dim=60, dtype=torch.bfloat16)
