@@ -103,7 +103,8 @@ def initialize_weights(model: Module, config: Config, seed: int) -> None:
         elif "norm" in name:
             parameter.fill_(1.0)
         else:
-            generator = torch.Generator(device=parameter.device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+            # One 32-bit hash of both: torch's CPU generator ignores the upper half of a 64-bit seed.
+            generator = torch.Generator(device=parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             full = torch.empty(full_shape(parameter, tp_group.size()), device=parameter.device)
             full.normal_(0.0, _standard_deviation(name, config), generator=generator)
             if name.endswith(("word_embeddings.weight", "output_layer.weight")):

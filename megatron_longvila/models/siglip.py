@@ -66,7 +66,7 @@ class SiglipTower(MegatronModule):
         self.encoder = TransformerBlock(self.config, spec, post_layer_norm=False, pg_collection=groups.pg)
 
     def forward(self, pixels_FCSS: Tensor) -> Tensor:
-        """Features [F, P, D] in the parameters' dtype, F >= 0.
+        """Features [F, P, D] in the parameters' dtype; F >= 1, because Megatron's attention cannot reshape an empty batch.
 
         Args:
             pixels_FCSS: [F, 3, S, S], any floating dtype, scaled to [-1, 1]. Pixels right of and below the last whole patch are not seen.
