@@ -65,10 +65,9 @@ def test_angles_are_exact_beyond_a_million_positions():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotated_queries_equal_transformers(dtype):
+    import megatron_longvila.platform.mcore  # noqa: F401  isort: skip  (fixes before the first Megatron import)
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    import megatron_longvila.platform.mcore  # noqa: F401
 
     llm = LLMConfig(head_dim=64)
     positions = torch.tensor([0, 5, 3, 63, 17])

@@ -1,4 +1,4 @@
-"""The tower equals transformers' SigLIP at hidden_states[-2], on one tp rank and on two; the position table resizes sanely."""
+"""The tower equals transformers' SigLIP at hidden_states[-2], also over tp 2; the position table resizes sanely."""
 
 from __future__ import annotations
 
