@@ -24,6 +24,10 @@ class MediaError(ValueError):
     """A media file that cannot be used; the message is the reason that reports and metrics show."""
 
 
+class MediaUnreadable(MediaError):
+    """The operating system does not hand out the bytes: gone, no permission, a failing disk. Another try may go better."""
+
+
 class DecodeTimeout(MediaError):
     """Reading one media file took longer than its wall-clock limit."""
 
@@ -128,7 +132,7 @@ def open_source(source: bytes | str | Path | ByteRange, limits: MediaLimits = DE
         try:
             info = os.stat(source)
         except OSError as error:
-            raise MediaError(f"cannot be read: {error.strerror or error}") from None
+            raise MediaUnreadable(f"cannot be read: {error.strerror or error}") from None
         if not stat.S_ISREG(info.st_mode):
             raise MediaError("is not a plain file")
         size = info.st_size
@@ -141,7 +145,7 @@ def open_source(source: bytes | str | Path | ByteRange, limits: MediaLimits = DE
             return _RangeFile(source)
         return io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else open(source, "rb")
     except OSError as error:
-        raise MediaError(f"cannot be read: {error.strerror or error}") from None
+        raise MediaUnreadable(f"cannot be read: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,7 @@ def frame_files(folder: str | Path) -> list[Path]:
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and not entry.is_dir()]
     except OSError as error:
-        raise MediaError(f"cannot be read: {error.strerror or error}") from None
+        raise MediaUnreadable(f"cannot be read: {error.strerror or error}") from None
     if not entries:
         raise MediaError("is a folder without frames")
     return [Path(entry.path) for entry in sorted(entries, key=lambda entry: natural_key(entry.name))]
@@ -260,11 +264,12 @@ def resolve_below(root: Path, path: str) -> Path:
     """
     real_root = root.resolve()
     try:
-        real = (real_root / path).resolve(strict=True)
-    except FileNotFoundError:
-        raise MediaError(f"{path!r} is not in the media root {real_root}") from None
+        real = (real_root / path).resolve()
+        exists = real.exists()
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL byte, a loop of links
         raise MediaError(f"{path!r} cannot be opened: {error}") from None
     if not real.is_relative_to(real_root):
         raise MediaError(f"{path!r} leads out of the media root {real_root}; keep media below it, or give a wider --media_root")
+    if not exists:
+        raise MediaUnreadable(f"{path!r} is not in the media root {real_root}")
     return real

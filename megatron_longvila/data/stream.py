@@ -5,6 +5,7 @@ Positions count packets in decode order; indices count frames in presentation or
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,7 +14,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, open_source, sniff
+from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, MediaUnreadable, open_source, sniff
 
 # Read ahead of the demuxer: fewer calls into Python per hour of video (PyAV's default is 32 KiB), little waste per seek.
 _BUFFER_BYTES = 1 << 18
@@ -176,6 +177,8 @@ class VideoStream:
                 packet = next(packets, None)
             except av.FFmpegError:
                 return  # a cut file: what came before is still good
+            except OSError as error:
+                raise MediaUnreadable(f"cannot be read on: {error.strerror or error}") from error
             if packet is None or packet.size == 0:
                 return
             yield packet
@@ -243,8 +246,7 @@ class VideoStream:
         found, index = {}, 0
         for packet in self._packets_then_flush():
             for frame in self._decode(packet):
-                if index in wanted and not frame.is_corrupt:
-                    found[index] = convert(frame)
+                self._keep([frame], {frame.pts: index} if index in wanted else {}, convert, found)
                 index += 1
             if len(found) == len(wanted):
                 break
@@ -289,7 +291,8 @@ class VideoStream:
     def _keep(self, frames: list[av.VideoFrame], wanted: dict[int, int], convert: Callable, found: dict[int, object]) -> None:
         for frame in frames:
             if frame.pts in wanted and not frame.is_corrupt:
-                found[wanted[frame.pts]] = convert(frame)
+                with contextlib.suppress(av.FFmpegError):  # a frame that cannot be converted is as bad as one that does not decode
+                    found[wanted[frame.pts]] = convert(frame)
 
     def _packets_from(self, start: int) -> Iterator[tuple[int, av.Packet]]:
         """(position, packet) from a packet at or before position `start`.
