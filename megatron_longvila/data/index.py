@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_longvila.config import DataConfig
+from megatron_longvila.data.batch import Row
 from megatron_longvila.data.conversation import Encoded, check_template, encode
 from megatron_longvila.data.mixture import PACKING_RULE, UNUSABLE
 from megatron_longvila.data.shards import Dataset, Media, Sample
@@ -75,6 +76,12 @@ class SampleIndex:
             raise ValueError(f"token id {largest} is outside model.llm.vocab_size={self._vocab_size}; the tokenizer and the model differ")
         return encoded
 
+    def row(self, numbers: Sequence[int]) -> Row:
+        """The row that packs samples `numbers` in that order; none make a padding row."""
+        numbers = tuple(int(number) for number in numbers)
+        ids = tuple(self.locate(number)[1].id for number in numbers)
+        return Row(numbers, ids, tuple(map(self.encode, numbers)), self.tokens_per_frame)
+
     def components(self) -> dict[str, str]:
         """What decides rows and their order, by name; equal dictionaries mean equal rows for equal seeds."""
         config, video = self._config, self._config.video
@@ -119,15 +126,15 @@ class SampleIndex:
 
 
 class LengthCache:
-    """Token lengths of an index on disk: beside the first dataset under the hash of what decides them, else in `fallback`.
+    """Token lengths of an index on disk: in a dataset folder, else in `fallback`, under the hash of what decides them.
 
     The file holds lengths before any limit is applied, so that another context_length reads the same one.
     """
 
-    def __init__(self, index: SampleIndex, folders: Sequence[Path]):
+    def __init__(self, index: SampleIndex, folder: Path, fallback: Path | None = None):
         components = {name: value for name, value in index.components().items() if name != "packing"}
         digest = hashlib.sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()[:16]
-        self._paths = [Path(folder) / f"token_lengths-{digest}.json" for folder in folders]
+        self._paths = [Path(parent) / f"token_lengths-{digest}.json" for parent in (folder, fallback) if parent is not None]
         self._size = len(index)
 
     def read(self) -> tuple[np.ndarray, dict[int, str]] | None:
@@ -144,11 +151,10 @@ class LengthCache:
         return None
 
     def write(self, lengths: np.ndarray, reasons: dict[int, str]) -> Path | None:
-        """Write to the first folder that can be written; None if there is none (the lengths are then measured at every start)."""
+        """Write to the first folder that exists and can be written; None if there is none (then every start measures)."""
         data = json.dumps({"lengths": lengths.tolist(), "unusable": reasons}).encode()
         for path in self._paths:
             with contextlib.suppress(OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
                 with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
                     file.write(data)
                 os.replace(file.name, path)  # readers see the whole file or none

@@ -1,0 +1,408 @@
+"""The loader: one order for every layout, exact resume, each rank its own frames, and one opinion about what could not be read."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_datasets import TinyDataset, colour, tiny_config
+
+from megatron_longvila.data.loader import Loader, Place
+from megatron_longvila.data.text import load_tokenizer
+from megatron_longvila.parallel.plan import IGNORE_INDEX
+from ranks import run_ranks
+
+# Videos of several lengths (the rule takes at most 6 frames), images, two media in one sample, text alone.
+SHAPES = [[3], [9], [], [0], [6, 0], [2], [], [1], [4], [0, 0], [12], [5]]
+FRAMES = [3, 6, 0, 1, 7, 2, 0, 1, 4, 2, 6, 5]  # what the rule takes of each sample
+
+
+@pytest.fixture(scope="module")
+def tokenizer(sentencepiece_file):
+    return load_tokenizer(sentencepiece_file)
+
+
+def make(tokenizer, place=None, dataset=None, *, loader=None, **data) -> Loader:
+    return Loader(tiny_config(**data), place or Place(), [dataset or TinyDataset(SHAPES)], tokenizer, **(loader or {}))
+
+
+def steps_of(loader: Loader, count: int | None = None) -> list:
+    iterator, steps = iter(loader), []
+    for step in iterator:
+        steps.append(step)
+        if count is not None and len(steps) == count:
+            break
+    iterator.close()
+    return steps
+
+
+def ids_of(steps) -> list[list[str]]:
+    return [[i for batch in step for i in batch.sample_ids] for step in steps]
+
+
+def places(dp_size=1, ulysses_size=1, ring_size=1) -> list[list[Place]]:
+    """Places by dp rank and cp rank."""
+    return [
+        [
+            Place(dp_rank=d, dp_size=dp_size, cp_rank=c, ulysses_size=ulysses_size, ring_size=ring_size)
+            for c in range(ulysses_size * ring_size)
+        ]
+        for d in range(dp_size)
+    ]
+
+
+def expected_pixels(dataset: TinyDataset, ids: tuple[str, ...]) -> list[tuple[int, int, int]]:
+    """Colours of a row's frames, from the rule `uniform` written out."""
+    colours = []
+    for name in ids:
+        for sha256 in dataset.samples[int(name.split("-")[1])].media:
+            count = dataset.media[sha256].num_frames
+            chosen = range(count) if count <= 6 else np.linspace(0, count - 1, 6).round().astype(int)
+            colours += [colour(int(sha256, 16), int(frame)) for frame in chosen]
+    return colours
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (4, 1, 1)])
+def test_rows_labels_and_pixels_do_not_depend_on_the_layout(tokenizer, mesh, workers):
+    dataset = TinyDataset(SHAPES)
+    reference = steps_of(make(tokenizer, dataset=dataset, epochs=2, global_batch_size=4, num_workers=0))
+    assert len(reference) > 2
+    dp_size, ulysses_size, ring_size = mesh
+    played = [
+        [steps_of(make(tokenizer, place, epochs=2, global_batch_size=4, num_workers=workers)) for place in replica]
+        for replica in places(*mesh)
+    ]
+    for number, step in enumerate(reference):
+        for index, whole in enumerate(step):
+            parts = [ranks[number][index // dp_size] for ranks in played[index % dp_size]]
+            assert all(part.sample_ids == whole.sample_ids for part in parts)
+            pixels = torch.cat([part.frames for part in parts])
+            assert [tuple(frame[1, 2].tolist()) for frame in pixels] == expected_pixels(dataset, whole.sample_ids)
+            size = sum(map(len, (p.plan.row_source_T for p in parts)))
+            labels, positions = np.full(size, IGNORE_INDEX), np.zeros(size, dtype=int)
+            for part in parts:
+                real = part.plan.row_source_T >= 0
+                labels[part.plan.row_source_T[real]] = part.labels_T.numpy()[real]
+                positions[part.plan.row_source_T[real]] = part.positions_T.numpy()[real]
+            length = len(whole.labels_T)
+            assert labels[:length].tolist() == whole.labels_T.tolist() and (labels[length:] == IGNORE_INDEX).all()
+            assert positions[:length].tolist() == whole.positions_T.tolist()
+
+
+def test_each_cp_rank_decodes_its_own_frames_only(tokenizer):
+    for ulysses_size, ring_size in ((1, 1), (2, 2), (4, 2)):
+        loaders = [make(tokenizer, place, epochs=1) for place in places(1, ulysses_size, ring_size)[0]]
+        batches = [steps_of(loader) for loader in loaders]
+        assert sum(loader.frames_decoded for loader in loaders) == sum(FRAMES) == sum(b.num_frames for step in batches[0] for b in step)
+        assert all(len(b.frames) == len(b.plan.frames) for steps in batches for step in steps for b in step)
+
+
+def test_every_epoch_reads_every_sample_once(tokenizer):
+    loader = make(tokenizer, epochs=3, global_batch_size=4)
+    steps = steps_of(loader)
+    assert Counter(i for step in ids_of(steps) for i in step) == Counter({f"sample-{n}": 3 for n in range(len(SHAPES))})
+    assert len(steps) == loader.num_steps and loader.position == loader.num_rows
+    assert all(len(step) == 4 for step in steps)
+
+
+def test_last_step_is_filled_with_padding_rows(tokenizer):
+    loader = make(tokenizer, epochs=1, global_batch_size=1)
+    batch_size = loader.num_rows + 2
+    for dp_size in (1, batch_size):
+        loaders = [make(tokenizer, place[0], epochs=1, global_batch_size=batch_size) for place in places(dp_size)]
+        (rows,) = zip(*(steps_of(one)[0] for one in loaders), strict=True) if dp_size > 1 else (steps_of(loaders[0])[0],)
+        empty = [row for row in rows if not row.sample_ids]
+        assert len(rows) == batch_size and len(empty) == 2
+        assert all((row.labels_T == IGNORE_INDEX).all() and len(row.input_ids_T) and not len(row.frames) for row in empty)
+
+
+def same(left, right) -> bool:
+    fields = ("frames", "input_ids_T", "labels_T", "positions_T")
+    return (left.sample_ids, left.skipped) == (right.sample_ids, right.skipped) and all(
+        torch.equal(getattr(left, name), getattr(right, name)) for name in fields
+    )
+
+
+@pytest.mark.parametrize("limit", [{"epochs": 2}, {"steps": 9}])
+def test_resume_at_every_row_equals_going_on(tokenizer, limit):
+    whole = steps_of(make(tokenizer, global_batch_size=1, **limit), 9)
+    for stop in range(len(whole)):
+        first = make(tokenizer, global_batch_size=1, **limit)
+        iterator = iter(first)
+        for _ in range(stop):
+            next(iterator)
+        state = json.loads(json.dumps(first.state_dict()))
+        iterator.close()
+        assert state["rows_consumed"] == stop
+        second = make(tokenizer, global_batch_size=1, num_workers=stop % 3, **limit)
+        second.load_state_dict(state)
+        rest = steps_of(second, len(whole) - stop)
+        assert all(same(a[0], b[0]) for a, b in zip(whole[stop:], rest, strict=True))
+
+
+def test_resume_on_another_layout_goes_on_with_the_same_rows(tokenizer):
+    first = make(tokenizer, epochs=2, global_batch_size=4)
+    expected = ids_of(steps_of(make(tokenizer, epochs=2, global_batch_size=4)))
+    steps_of(first, 1)
+    state = first.state_dict()
+    for mesh in ((2, 1, 1), (4, 1, 1), (2, 2, 1)):
+        by_rank = []
+        for replica in places(*mesh):
+            loader = make(tokenizer, replica[-1], epochs=2, global_batch_size=4)
+            loader.load_state_dict(state)
+            by_rank.append(steps_of(loader))
+        for number, ids in enumerate(expected[1:]):
+            assert Counter(i for steps in by_rank for i in ids_of([steps[number]])[0]) == Counter(ids)
+
+
+def test_state_belongs_to_its_data(tokenizer):
+    state = make(tokenizer, epochs=1).state_dict()
+    changes = {
+        "packing": {"context_length": 80},
+        "frames": {"num_frames": 5},
+        "index": {"dataset": TinyDataset(SHAPES[:-1])},
+        "seed": {"seed": 5},
+    }
+    for name, change in changes.items():
+        other = make(tokenizer, epochs=1, **change)
+        with pytest.raises(ValueError, match=f"{name}: .* in the checkpoint, .* now"):
+            other.load_state_dict(state)
+
+
+def test_failed_sample_is_masked_counted_once_and_stays_skipped(tokenizer, tmp_path):
+    dataset = TinyDataset(SHAPES)
+    dataset.broken.add(dataset.medium_of(4, 1))  # the image of a sample whose video is fine
+    report = tmp_path / "run" / "data_report.jsonl"
+    clean = steps_of(make(tokenizer, epochs=3))
+    loader = make(tokenizer, dataset=dataset, epochs=3, loader={"report_path": report})
+    steps = steps_of(loader)
+    assert ids_of(steps) == ids_of(clean)
+    seen = 0
+    for before, after in zip((b for s in clean for b in s), (b for s in steps for b in s), strict=True):
+        assert torch.equal(before.input_ids_T, after.input_ids_T)
+        if "sample-4" in after.sample_ids:
+            seen += 1
+            assert after.skipped == ("sample-4",)
+            place = after.sample_ids.index("sample-4")
+            start, stop = (sum(after.plan.layout.sample_lengths[:p]) for p in (place, place + 1))
+            assert (after.labels_T[start:stop] == IGNORE_INDEX).all() and (before.labels_T[start:stop] != IGNORE_INDEX).any()
+            black = [i for i in range(len(after.frames)) if not after.frames[i].any()]
+            assert len(black) == 7  # its video's frames too
+            others = torch.cat([after.labels_T[:start], after.labels_T[stop:]])
+            assert torch.equal(others, torch.cat([before.labels_T[:start], before.labels_T[stop:]]))
+        else:
+            assert same(before, after)
+    assert seen == 3 and list(loader.skipped) == [4]
+    assert dataset.reads[dataset.medium_of(4, 1)] == 1  # not tried again in later epochs
+    (line,) = map(json.loads, report.read_text().splitlines())
+    assert line["key"] == 4 and line["id"] == "sample-4" and "broken on purpose" in line["reason"]
+
+    # A resumed run reads the same rows even if the file is whole again.
+    resumed = make(tokenizer, dataset=TinyDataset(SHAPES), epochs=3, loader={"report_path": report})
+    half = make(tokenizer, dataset=dataset, epochs=3)
+    done = len(steps_of(half, 4))
+    resumed.load_state_dict(json.loads(json.dumps(half.state_dict())))
+    assert all(same(a, b) for x, y in zip(steps[done:], steps_of(resumed), strict=True) for a, b in zip(x, y, strict=True))
+    assert len(report.read_text().splitlines()) == 1
+
+
+def test_too_many_bad_samples_end_the_run(tokenizer):
+    dataset = TinyDataset(SHAPES)
+    dataset.broken.update(dataset.medium_of(n) for n in (0, 1, 5))
+    with pytest.raises(ValueError, match=r"3 of 12 samples had to be skipped, a share of 0.2500, more than data.max_bad_fraction=0.2"):
+        steps_of(make(tokenizer, dataset=dataset, epochs=1, max_bad_fraction=0.2))
+    assert len(steps_of(make(tokenizer, dataset=dataset, epochs=1, max_bad_fraction=0.25)))
+
+
+def test_on_bad_frame_fail_ends_the_run_at_the_first(tokenizer):
+    dataset = TinyDataset(SHAPES)
+    dataset.broken.add(dataset.medium_of(0))
+    with pytest.raises(ValueError, match="on_bad_frame='fail' and sample-0: medium 0+ is broken on purpose"):
+        steps_of(make(tokenizer, dataset=dataset, epochs=1, on_bad_frame="fail"))
+
+
+def test_sample_that_does_not_fit_is_left_out_and_reported(tokenizer, tmp_path):
+    dataset = TinyDataset(SHAPES)
+    long = {"from": "human", "value": "word " * 500}
+    dataset.samples[2] = replace(dataset.samples[2], conversations=(long, dataset.samples[2].conversations[1]))
+    dataset.samples[6] = replace(dataset.samples[6], conversations=({"from": "robot", "value": "?"},))
+    report = tmp_path / "report.jsonl"
+    loader = make(tokenizer, dataset=dataset, epochs=1, loader={"report_path": report})
+    assert Counter(i for step in ids_of(steps_of(loader)) for i in step) == Counter(f"sample-{n}" for n in range(12) if n not in (2, 6))
+    assert list(loader.unusable) == [2, 6] and loader.skipped == {}
+    reasons = {record["key"]: record["reason"] for record in map(json.loads, report.read_text().splitlines())}
+    assert "tokens, more than data.context_length=64" in reasons[2] and "turn 0 must be" in reasons[6]
+
+
+def test_lengths_are_cached_beside_the_index(tokenizer, tmp_path, monkeypatch):
+    folder, run = tmp_path / "dataset", tmp_path / "run"
+    folder.mkdir()
+    first = make(tokenizer, dataset=TinyDataset(SHAPES, folder), epochs=1, loader={"cache_dir": run})
+    (cache,) = folder.iterdir()
+    assert cache.name.startswith("token_lengths-") and not run.exists()
+    monkeypatch.setattr("megatron_longvila.data.index.SampleIndex.measure", None)  # a second measurement would fail
+    assert ids_of(steps_of(make(tokenizer, dataset=TinyDataset(SHAPES, folder), epochs=1))) == ids_of(steps_of(first))
+    monkeypatch.undo()
+    cache.write_text("{")  # cut by a kill: measured again
+    assert ids_of(steps_of(make(tokenizer, dataset=TinyDataset(SHAPES, folder), epochs=1))) == ids_of(steps_of(first))
+    make(tokenizer, dataset=TinyDataset(SHAPES, folder), epochs=1, num_frames=5)  # another rule, another file
+    assert len(list(folder.iterdir())) == 2
+    run.mkdir()
+    make(tokenizer, dataset=TinyDataset(SHAPES, tmp_path / "read-only"), epochs=1, loader={"cache_dir": run})
+    assert len(list(run.iterdir())) == 1 and not (tmp_path / "read-only").exists()
+
+
+def test_lengths_of_an_older_code_are_noticed(tokenizer, tmp_path):
+    make(tokenizer, dataset=TinyDataset(SHAPES, tmp_path), epochs=1)
+    (cache,) = tmp_path.iterdir()
+    record = json.loads(cache.read_text())
+    record["lengths"][0] += 1
+    cache.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="in the cached token lengths; delete"):
+        steps_of(make(tokenizer, dataset=TinyDataset(SHAPES, tmp_path), epochs=1))
+
+
+def test_evaluation_is_one_pass_in_order_and_repeats(tokenizer):
+    loader = make(tokenizer, global_batch_size=4, loader={"evaluation": True})
+    first, second = steps_of(loader), steps_of(loader)
+    assert ids_of(first) == ids_of(second) and len(first) == loader.num_steps
+    flat = [i for step in ids_of(first) for i in step]
+    assert sorted(flat) == sorted(f"sample-{n}" for n in range(12))
+    assert flat[0] == "sample-0"
+    limited = make(tokenizer, global_batch_size=4, evaluation_rows=3, loader={"evaluation": True})
+    ((*rows,),) = steps_of(limited)
+    assert [bool(row.sample_ids) for row in rows] == [True, True, True, False]
+
+
+def test_text_alone_and_media_without_labels(tokenizer):
+    dataset = TinyDataset([[], [2], []])
+    dataset.samples[1] = replace(dataset.samples[1], conversations=dataset.samples[1].conversations[:1])
+    (batches,) = steps_of(make(tokenizer, dataset=dataset, epochs=1, global_batch_size=3, context_length=24))
+    by_id = {batch.sample_ids: batch for batch in batches}
+    assert len(by_id) == 3
+    for ids, batch in by_id.items():
+        has_labels = (batch.labels_T != IGNORE_INDEX).any()
+        assert has_labels == (ids != ("sample-1",)) and len(batch.frames) == (2 if ids == ("sample-1",) else 0)
+
+
+def test_rows_wait_in_bounded_number(tokenizer):
+    dataset = TinyDataset([[2]] * 40)
+    loader = make(tokenizer, dataset=dataset, steps=100, context_length=24, global_batch_size=2, num_workers=3)
+    iterator = iter(loader)
+    next(iterator)
+    iterator.close()  # waits for what is under way
+    assert sum(dataset.reads.values()) <= 2 + 3  # the step handed out, and one row per thread
+
+
+def test_an_error_of_our_own_is_not_a_skipped_sample(tokenizer):
+    dataset = TinyDataset(SHAPES)
+    dataset.read = lambda media: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        steps_of(make(tokenizer, dataset=dataset, epochs=1))
+
+
+def test_batch_that_dp_does_not_divide(tokenizer):
+    with pytest.raises(ValueError, match="global_batch_size=2 must be a multiple of dp_size=4"):
+        make(tokenizer, places(4)[0][0], epochs=1)
+
+
+def test_ids_outside_the_embedding_table(tokenizer):
+    config = tiny_config(epochs=1)
+    config = replace(config, model=replace(config.model, llm=replace(config.model.llm, vocab_size=50)))
+    with pytest.raises(ValueError, match="12 of 12 samples .* is outside model.llm.vocab_size=50"):
+        Loader(config, Place(), [TinyDataset(SHAPES)], tokenizer)
+
+
+def _ranks_read(rank: int, sizes: tuple[int, int, int, int], tokenizer_path, folder) -> dict:
+    """All that one rank sees of an epoch in which sample 10 cannot be read."""
+    import torch.distributed as dist
+
+    from megatron_longvila.mesh import Mesh
+    from megatron_longvila.parallel.groups import destroy_groups, initialize_groups
+
+    groups = initialize_groups(Mesh(dist.get_world_size(), *sizes), timeout_s=60)
+    place = Place.of(groups, sequence_parallel=True)
+    dataset = TinyDataset(SHAPES, folder / "dataset")
+    dataset.broken.add(dataset.medium_of(10))
+    config = tiny_config(epochs=2, global_batch_size=4)
+    loader = Loader(config, place, [dataset], load_tokenizer(tokenizer_path), report_path=folder / "report.jsonl", cache_dir=folder)
+    steps = [
+        [(b.sample_ids, b.skipped, b.frames.clone(), b.labels_T, b.input_ids_T, b.plan.frames, b.num_frames) for b in step]
+        for step in loader
+    ]
+    seen = {
+        "steps": steps,
+        "decoded": loader.frames_decoded,
+        "state": loader.state_dict(),
+        "dp": place.dp_rank,
+        "cp": place.cp_rank,
+        "tp": groups.tp.rank(),
+        "pp": groups.pp.rank(),
+    }
+    destroy_groups()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 1, 2, 1), (1, 2, 1, 2), (2, 2, 1, 1), (1, 1, 2, 1), (1, 2, 1, 1)], ids=lambda s: "tp{} pp{} ulysses{} ring{}".format(*s)
+)
+def test_ranks_agree(sentencepiece_file, tokenizer, tmp_path, sizes):
+    (tmp_path / "dataset").mkdir()
+    seen = run_ranks(_ranks_read, 4, sizes, sentencepiece_file, tmp_path, timeout_s=60)
+    broken = TinyDataset(SHAPES)
+    broken.broken.add(broken.medium_of(10))
+    alone = make(tokenizer, dataset=broken, epochs=2, global_batch_size=4)
+    reference = steps_of(alone)
+
+    # Decoded once over all ranks: sample 10 fails in the first epoch and is not tried in the second.
+    assert sum(one["decoded"] for one in seen) == alone.frames_decoded == 2 * (sum(FRAMES) - FRAMES[10])
+    assert all(one["decoded"] == 0 for one in seen if one["tp"] or one["pp"])
+    assert all(one["state"] == alone.state_dict() for one in seen) and list(alone.state_dict()["skipped"]) == ["10"]
+    assert [record["key"] for record in map(json.loads, (tmp_path / "report.jsonl").read_text().splitlines())] == [10]
+
+    dp_size = max(one["dp"] for one in seen) + 1
+    for number, step in enumerate(reference):
+        for index, whole in enumerate(step):
+            views = [(one, one["steps"][number][index // dp_size]) for one in seen if one["dp"] == index % dp_size]
+            for one, (ids, skipped, frames, _, _, planned, num_frames) in views:
+                assert (ids, skipped, num_frames) == (whole.sample_ids, whole.skipped, whole.num_frames)
+                expected = whole.frames[planned.start : planned.stop] if one["pp"] == 0 else whole.frames[:0]
+                assert torch.equal(frames, expected)
+            for tp in {one["tp"] for one in seen}:  # every stage and tp rank has the labels of the row, once over cp
+                for pp in {one["pp"] for one in seen}:
+                    of_cp = [view[3] for one, view in views if (one["tp"], one["pp"]) == (tp, pp)]
+                    assert Counter(torch.cat(of_cp).tolist())[IGNORE_INDEX] >= (whole.labels_T == IGNORE_INDEX).sum()
+                    kept = sorted(label for part in of_cp for label in part.tolist() if label != IGNORE_INDEX)
+                    assert kept == sorted(label for label in whole.labels_T.tolist() if label != IGNORE_INDEX)
+
+
+def _ranks_fail(rank: int, tokenizer_path) -> str:
+    """Every rank raises together when too much is bad, whoever saw it."""
+    import torch.distributed as dist
+
+    from megatron_longvila.mesh import Mesh
+    from megatron_longvila.parallel.groups import destroy_groups, initialize_groups
+
+    groups = initialize_groups(Mesh(dist.get_world_size(), 1, 1, 2, 1), timeout_s=60)
+    dataset = TinyDataset(SHAPES)
+    dataset.broken.add(dataset.medium_of(7))  # one frame: one cp rank of one replica sees it
+    loader = Loader(
+        tiny_config(epochs=1, global_batch_size=4, max_bad_fraction=0.0),
+        Place.of(groups, sequence_parallel=False),
+        [dataset],
+        load_tokenizer(tokenizer_path),
+    )
+    try:
+        list(loader)
+    except ValueError as error:
+        destroy_groups()
+        return str(error)
+    return "no error"
+
+
+def test_all_ranks_stop_together(sentencepiece_file):
+    messages = run_ranks(_ranks_fail, 4, sentencepiece_file, timeout_s=60)
+    assert len(set(messages)) == 1 and messages[0].startswith("1 of 12 samples had to be skipped") and "sample-7" in messages[0]
