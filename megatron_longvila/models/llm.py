@@ -44,7 +44,7 @@ def ring_transport(config: Config, groups: Groups) -> str:
     parallel, mesh = config.parallel, groups.mesh
     if parallel.ring_transport != "auto":
         return parallel.ring_transport
-    hosted = mesh.world_size if parallel.gpus_per_host == "auto" else parallel.gpus_per_host
+    hosted = mesh.world_size if parallel.gpus_per_host == "auto" else min(parallel.gpus_per_host, mesh.world_size)
     # cp groups start at multiples of their span: a ring stays on one host if the host size is a multiple of that span.
     return "all_gather" if hosted % (mesh.tp_size * mesh.cp_size) == 0 else "p2p"
 

@@ -142,7 +142,7 @@ def test_uneven_stages_hold_consecutive_layers(wanted, expected):
 
 
 @pytest.mark.parametrize(
-    "gpus_per_host, sizes, expected", [("auto", (1, 4), "all_gather"), (4, (1, 4), "all_gather"), (4, (2, 4), "p2p"), (4, (1, 8), "p2p")]
+    "gpus_per_host, sizes, expected", [("auto", (1, 4), "all_gather"), (4, (1, 4), "all_gather"), (4, (2, 4), "p2p"), (12, (1, 8), "all_gather")]
 )
 def test_auto_transport_follows_the_hosts(gpus_per_host, sizes, expected):
     from types import SimpleNamespace
