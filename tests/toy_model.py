@@ -144,7 +144,8 @@ class Toy:
         return total.item()
 
     def resume(self, checkpoints) -> int:
-        resumed = checkpoints.resume(self.state)
+        newest = checkpoints.newest()
+        resumed = checkpoints.resume(self.state, newest) if newest else 0
         apply_settings(self.state.optimizer, self.state.scheduler, self.config)
         return resumed
 

@@ -118,17 +118,14 @@ class Checkpoints:
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def resume(self, state: TrainingState) -> int:
-        """Continue from the newest good checkpoint: fills `state` and returns its step, 0 if there is none.
+    def resume(self, state: TrainingState, folder: Path) -> int:
+        """Continue from `folder` (what `newest` found): fills `state` and returns the step.
 
         Any layout may continue; random states are restored on the layout that saved them only.
 
         Raises:
             ValueError: the checkpoint was written by another version or with another optimizer backend, or the loader refuses its state.
         """
-        folder = self.newest()
-        if folder is None:
-            return 0
         progress = _read_progress(folder)
         backend = self.config.optimizer.backend
         if progress["optimizer_backend"] != backend:

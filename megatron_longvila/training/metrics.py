@@ -137,8 +137,7 @@ class MetricsLog:
             ValueError: a sink is asked for and its package is not installed.
         """
         self.path = run_dir / "metrics.jsonl"
-        keep = [line for line in read_lines(self.path) if line["step"] <= resumed_step]
-        _replace(self.path, "".join(json.dumps(line) + "\n" for line in keep))
+        keep_until(self.path, resumed_step)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (open for the whole run, one write per line)
         self._board = self._run = None
         if config.logging.tensorboard:
@@ -175,13 +174,24 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def keep_until(path: Path, step: int) -> None:
+    """Remove the lines past `step`; the file exists afterwards."""
+    _replace(path, "".join(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step))
+
+
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """Add one JSON line."""
+    with open(path, "a") as stream:
+        stream.write(json.dumps(values) + "\n")
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Replace a small JSON file in one step: a reader never sees half of it."""
     _replace(path, json.dumps(values) + "\n")
 
 
 def plot_loss(run_dir: Path) -> Path:
-    """Draw the loss of metrics.jsonl over the steps into loss.png and return its path.
+    """Draw the losses of metrics.jsonl and evaluation.jsonl over the steps into loss.png and return its path.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -189,11 +199,10 @@ def plot_loss(run_dir: Path) -> Path:
     _require("matplotlib", "matplotlib", "draw it elsewhere from metrics.jsonl")
     from matplotlib.figure import Figure
 
-    lines = read_lines(run_dir / "metrics.jsonl")
     figure = Figure(figsize=(8, 4.5))
     axes = figure.subplots()
-    for key, label in (("loss", "training"), ("evaluation_loss", "held out")):
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    for name, label in (("metrics.jsonl", "training"), ("evaluation.jsonl", "held out")):
+        points = [(line["step"], line["loss"]) for line in read_lines(run_dir / name) if line["loss"] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None, linewidth=1)
     axes.set(xlabel="step", ylabel="loss per labelled token (nats)", title=run_dir.name)

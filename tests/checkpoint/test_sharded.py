@@ -211,7 +211,7 @@ def _resume_with_te(rank: int, root: str, config: Config) -> None:
 
     toy = build_toy(config)
     other = replace(config, optimizer=replace(config.optimizer, backend="te"))
-    Checkpoints(Path(root), other, toy.groups).resume(toy.state)
+    Checkpoints(Path(root), other, toy.groups).resume(toy.state, Path(root) / "step_0000001")
 
 
 def _random_numbers(rank: int, root: str, config: Config, sizes: dict, drawn: int) -> list[float]:

@@ -1,0 +1,324 @@
+"""A training run: build every part, resume, step until the end or a signal, evaluate, save, report."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_longvila import config_io, platform
+from megatron_longvila.checkpoint.sharded import Checkpoints, TrainingState, load_weights
+from megatron_longvila.config import Config
+from megatron_longvila.config_check import check
+from megatron_longvila.data.batch import MicroBatch
+from megatron_longvila.data.loader import Loader, Place
+from megatron_longvila.data.shards import open_dataset
+from megatron_longvila.data.text import load_tokenizer
+from megatron_longvila.models.init import initialize_weights
+from megatron_longvila.models.longvila import build_model
+from megatron_longvila.parallel.groups import Groups, initialize_groups
+from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
+from megatron_longvila.training import metrics
+from megatron_longvila.training.loss import token_loss
+from megatron_longvila.training.optimizer import apply_settings, build_optimizer, build_scheduler, freeze, step, wrap_ddp
+from megatron_longvila.training.stopping import StopSignal, raise_bad_gradients, raise_bad_loss
+
+from megatron.core.distributed import DistributedDataParallel  # isort: skip
+from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
+
+logger = logging.getLogger(__name__)
+
+PACE_STEPS = 50  # the ETA follows the mean of so many recent steps
+
+
+@dataclass
+class Run:
+    """Everything a rank holds during training.
+
+    Attributes:
+        model: DDP around this rank's pipeline stage.
+        state: the same model bare, with optimizer, schedule and loader: what a checkpoint holds.
+        evaluation: loader of the held-out rows, None without a held-out set.
+        first_step: steps done by the run this one continues.
+    """
+
+    config: Config
+    groups: Groups
+    model: DistributedDataParallel
+    state: TrainingState
+    checkpoints: Checkpoints
+    evaluation: Loader | None
+    total_steps: int
+    first_step: int
+    folder: Path
+
+
+@dataclass
+class Pace:
+    """What happened since the last logged step, and how long recent steps took."""
+
+    tokens: float = 0.0
+    frames: float = 0.0
+    flops: float = 0.0
+    elapsed_s: float = 0.0
+    data_wait_s: float = 0.0
+    recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=PACE_STEPS))
+
+    def reset(self) -> None:
+        """Begin the next logging interval."""
+        self.tokens = self.frames = self.flops = self.elapsed_s = self.data_wait_s = 0.0
+
+
+def train(config: Config) -> None:
+    """Train as `config` says on the ranks of this job; returns on every rank after the last step, or after a signal and its checkpoint.
+
+    Raises:
+        ValueError: for what a user did: data, weights or checkpoints that do not fit.
+        FloatingPointError: loss or gradient is not finite; names step, ranks and samples.
+    """
+    platform.init_distributed(config.parallel.timeout_s)
+    with StopSignal() as stop:
+        run = build_run(config)
+        fit(run, stop)
+    # Not in a `finally`: after an error the other ranks may be inside a collective, and leaving the job politely would wait for them.
+    platform.shutdown_distributed()
+
+
+def build_run(config: Config) -> Run:
+    """Groups, model, optimizer, data and, if there is something to continue, its state."""
+    groups = initialize_groups(check(config, dist.get_world_size()), timeout_s=config.parallel.timeout_s)
+    platform.seed(config.training.seed, groups.pp.rank())
+    folder = Path(config.output_dir)
+    checkpoints = Checkpoints(folder / "checkpoints", config, groups)
+    newest = checkpoints.newest()
+    if newest is not None and not config.checkpoint.resume:
+        raise ValueError(
+            f"output_dir={folder} holds checkpoints up to {newest.name} and checkpoint.resume=false; choose another output_dir, or resume"
+        )
+    model = build_model(config, groups)
+    initialize_weights(model, config, config.training.seed)
+    if config.checkpoint.load and newest is None:
+        load_weights(Path(config.checkpoint.load), model, groups)
+    freeze(model, config.training.trainable)
+    wrapped = wrap_ddp(model, config)
+    optimizer = build_optimizer(wrapped, config)
+
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    place = Place.of(groups, sequence_parallel=config.parallel.sequence_parallel)
+    open_loader = partial(Loader, config, place, tokenizer=tokenizer, cache_dir=folder / "cache")
+    loader = open_loader([open_dataset(path) for path in config.data.train], report_path=folder / "skipped.jsonl")
+    evaluation = None
+    if config.data.evaluation:
+        held_out = [open_dataset(path) for path in config.data.evaluation]
+        evaluation = open_loader(held_out, evaluation=True, report_path=folder / "skipped_evaluation.jsonl")
+
+    scheduler = build_scheduler(optimizer, config, loader.num_steps)
+    state = TrainingState(model, optimizer, scheduler, loader)
+    first_step = checkpoints.resume(state, newest) if newest is not None else 0
+    apply_settings(optimizer, scheduler, config)
+    return Run(config, groups, wrapped, state, checkpoints, evaluation, loader.num_steps, first_step, folder)
+
+
+def fit(run: Run, stop: StopSignal) -> None:
+    """Step from `run.first_step` to the end of the run, or to the step in which any rank got a signal."""
+    log = open_log(run) if dist.get_rank() == 0 else None
+    pace, config = Pace(), run.config
+    interval, evaluation_interval = config.checkpoint.save_interval, config.training.evaluation_interval
+    with contextlib.closing(iter(run.state.loader)) as batches:
+        for number in range(run.first_step + 1, run.total_steps + 1):
+            start = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - start
+            lr = run.state.optimizer.param_groups[0]["lr"]
+            result = train_step(run, batch, number, stop.requested)
+            pace.recent_s.append(time.perf_counter() - start)
+            report(run, log, pace, number, batch, {"lr": lr, "waited_s": waited} | result)
+            last = number == run.total_steps
+            if run.evaluation is not None and (last or (evaluation_interval and number % evaluation_interval == 0)):
+                record_evaluation(run, number, evaluate(run))
+            if last or result["stop"] or (interval and number % interval == 0):
+                with whole_parameters(run.model):
+                    run.checkpoints.save(run.state, number)
+            run.checkpoints.poll()
+            if result["stop"] and not last:
+                break
+    run.checkpoints.wait()
+    if dist.get_rank() == 0:
+        finish(run, log, number if run.first_step < run.total_steps else run.total_steps)
+
+
+def train_step(run: Run, batch: list[MicroBatch], number: int, stop_requested: bool) -> dict[str, Any]:
+    """Forward, backward and update for one global batch.
+
+    Returns:
+        loss (None without labels), grad_norm (None without an update), tokens, frames and flops of the global batch, and `stop`: whether
+        any rank asks to stop. All are the same on every rank.
+    """
+    optimizer = run.state.optimizer
+    run.model.zero_grad_buffer()
+    optimizer.zero_grad()
+    outputs = forward_backward(run, batch, forward_only=False)
+    loss_sum, count, tokens, frames, flops, stop = reduce_totals(run, batch, outputs, stop_requested)
+    sample_ids = [micro_batch.sample_ids for micro_batch in batch]
+    if not math.isfinite(loss_sum):
+        raise_bad_loss(number, [output["loss_sum"] for output in outputs], sample_ids)
+    grad_norm = None
+    if count:
+        grad_norm = step(optimizer)
+        if not math.isfinite(grad_norm):
+            raise_bad_gradients(number, run.state.model, sample_ids)
+    run.state.scheduler.step(1)
+    return {
+        "loss": loss_sum / count if count else None,
+        "grad_norm": grad_norm,
+        "tokens": tokens,
+        "frames": frames,
+        "flops": flops + metrics.row_cost(run.config).label * count,
+        "stop": stop > 0,
+    }
+
+
+def forward_backward(run: Run, batch: list[MicroBatch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+    """Run the micro-batches through Megatron's schedule; returns the loss logs of each on the last stage, nothing on the others."""
+
+    def forward_step(micro_batches: Iterator[MicroBatch], model: DistributedDataParallel):
+        one = next(micro_batches)
+        hidden_T1D = model(one.frames, one.input_ids_T, one.positions_T, one.plan)
+        return hidden_T1D, partial(token_loss, model.module.language_model, labels_T=one.labels_T, config=run.config)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batch),
+        model=run.model,
+        num_microbatches=len(batch),
+        seq_length=run.config.data.context_length,  # rows differ: the stages tell each other the real lengths
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def reduce_totals(run: Run, batch: list[MicroBatch], outputs: list[dict[str, torch.Tensor]], stop_requested: bool) -> list[float]:
+    """[loss sum, labelled tokens, tokens, frames, FLOPs without the output layer, ranks that ask to stop], summed over the job."""
+    groups = run.groups
+    totals = torch.zeros(6, dtype=torch.float64, device=platform.device())
+    if outputs and groups.tp.rank() == 0:
+        totals[:2] = torch.stack([torch.stack([output["loss_sum"], output["count"]]) for output in outputs]).sum(0)
+    if groups.replica.rank() == 0:
+        cost = metrics.row_cost(run.config)
+        totals[2] = sum(one.num_tokens for one in batch)
+        totals[3] = sum(one.num_frames for one in batch)
+        totals[4] = sum(cost.row(one.sample_lengths, one.num_frames, num_labels=0) for one in batch)
+    totals[5] = float(stop_requested)
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float | None:
+    """Mean loss per labelled token over the held-out rows, None if they have no label. Collective over all ranks."""
+    run.model.eval()
+    loss_sum = count = 0.0
+    with whole_parameters(run.model):
+        for batch in run.evaluation:
+            totals = reduce_totals(run, batch, forward_backward(run, batch, forward_only=True), False)
+            loss_sum, count = loss_sum + totals[0], count + totals[1]
+    run.model.train()
+    return loss_sum / count if count else None
+
+
+@contextlib.contextmanager
+def whole_parameters(model: DistributedDataParallel) -> Iterator[None]:
+    """Complete parameters on every rank: with overlap_param_gather they are gathered bit by bit during the next forward pass."""
+    if not model.use_forward_hook:
+        yield
+        return
+    model.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        model.enable_forward_pre_hook()
+
+
+def report(run: Run, log: metrics.MetricsLog | None, pace: Pace, number: int, batch: list[MicroBatch], result: dict[str, Any]) -> None:
+    """Count a step, and every logging.interval steps write it to metrics.jsonl, the console and the sinks. Collective over all ranks."""
+    for name in ("tokens", "frames", "flops"):
+        setattr(pace, name, getattr(pace, name) + result[name])
+    pace.elapsed_s += pace.recent_s[-1]
+    pace.data_wait_s += result["waited_s"]
+    if log is not None:
+        beat = {"step": number, "total_steps": run.total_steps, "time_s": time.time(), "pid": os.getpid()}
+        metrics.write_json(run.folder / "heartbeat.json", beat)
+    if number % run.config.logging.interval and number != run.total_steps and not result["stop"]:
+        return
+    most = torch.tensor([pace.data_wait_s, platform.memory_gib()], dtype=torch.float64, device=platform.device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    data_wait_s, memory_gib = most.tolist()
+    sample_ids = gather_sample_ids(run, batch) if run.config.logging.sample_ids else None
+    if log is not None:
+        peak = metrics.peak_flops(platform.device_name())
+        loader = run.state.loader
+        line = metrics.StepMetrics(
+            step=number,
+            loss=result["loss"],
+            lr=result["lr"],
+            grad_norm=result["grad_norm"],
+            tokens_per_s=pace.tokens / pace.elapsed_s,
+            frames_per_s=pace.frames / pace.elapsed_s,
+            mfu=pace.flops / (pace.elapsed_s * peak * run.groups.mesh.world_size) if peak else None,
+            data_wait_s=data_wait_s,
+            memory_gib=memory_gib,
+            skipped_samples=len(loader.skipped | loader.unusable),
+            eta_s=(run.total_steps - number) * sum(pace.recent_s) / len(pace.recent_s),
+            sample_ids=sample_ids,
+        )
+        log.write(line.to_dict())
+        logger.info(line.line(run.total_steps))
+    pace.reset()
+
+
+def gather_sample_ids(run: Run, batch: list[MicroBatch]) -> list[list[str]]:
+    """Sample ids of the global batch, row after row: row r is micro-batch r // dp_size of dp rank r % dp_size."""
+    shares: list[list[list[str]]] = [[] for _ in range(run.groups.dp.size())]
+    dist.all_gather_object(shares, [list(one.sample_ids) for one in batch], group=run.groups.dp)
+    return list(itertools.chain.from_iterable(zip(*shares, strict=True)))
+
+
+def open_log(run: Run) -> metrics.MetricsLog:
+    """Prepare the run directory. For rank 0."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "interrupted").unlink(missing_ok=True)
+    config_io.save(run.config, run.folder / "config.yaml")
+    metrics.keep_until(run.folder / "evaluation.jsonl", run.first_step)
+    logger.info("steps %d to %d on %s", run.first_step + 1, run.total_steps, run.groups.mesh)
+    return metrics.MetricsLog(run.folder, run.config, run.first_step)
+
+
+def record_evaluation(run: Run, number: int, loss: float | None) -> None:
+    """Add one line to evaluation.jsonl. Called by all ranks, done by rank 0."""
+    if dist.get_rank() == 0:
+        metrics.append_line(run.folder / "evaluation.jsonl", {"step": number, "loss": loss})
+        logger.info("step %d | held-out loss %s", number, "no labels" if loss is None else f"{loss:.4f}")
+
+
+def finish(run: Run, log: metrics.MetricsLog, number: int) -> None:
+    """Close the log, draw the loss curve, and mark a run that was asked to stop. For rank 0."""
+    log.close()
+    if number < run.total_steps:
+        metrics.write_json(run.folder / "interrupted", {"step": number, "total_steps": run.total_steps})
+        logger.info("stopped by a signal after step %d; start the same command again to continue", number)
+        return
+    if number > run.first_step:
+        logger.info("loss curve: %s", metrics.plot_loss(run.folder))
+    logger.info("finished after step %d; everything is in %s", number, run.folder)
