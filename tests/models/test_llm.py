@@ -141,9 +141,10 @@ def test_uneven_stages_hold_consecutive_layers(wanted, expected):
     assert sorted(names) == sorted(name for name in full_shapes(config) if name.startswith("language_model."))
 
 
-@pytest.mark.parametrize(
-    "gpus_per_host, sizes, expected", [("auto", (1, 4), "all_gather"), (4, (1, 4), "all_gather"), (4, (2, 4), "p2p"), (12, (1, 8), "all_gather")]
-)
+HOSTS = [("auto", (1, 4), "all_gather"), (4, (1, 4), "all_gather"), (4, (2, 4), "p2p"), (12, (1, 8), "all_gather")]
+
+
+@pytest.mark.parametrize("gpus_per_host, sizes, expected", HOSTS)
 def test_auto_transport_follows_the_hosts(gpus_per_host, sizes, expected):
     from types import SimpleNamespace
 
