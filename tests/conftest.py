@@ -21,3 +21,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="GPU test: set LONGVILA_GPU_TESTS=1 on a machine with a GPU"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """LONGVILA_NO_SKIPS=1: a skip of anything but a GPU test fails the run, so that a missing package cannot hide a test."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("LONGVILA_NO_SKIPS") or reporter is None:
+        return
+    skipped = [report for report in reporter.stats.get("skipped", []) if "gpu" not in getattr(report, "keywords", ())]
+    for report in skipped:
+        reporter.write_line(f"SKIPPED although LONGVILA_NO_SKIPS is set: {report.nodeid}: {report.longrepr}", red=True)
+    if skipped and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
