@@ -45,7 +45,6 @@ def init_distributed(timeout_s: float) -> None:
     """
     timeout = timedelta(seconds=timeout_s)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device_id = None
     if not is_cpu():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -53,13 +52,13 @@ def init_distributed(timeout_s: float) -> None:
                 "lower --nproc_per_node or widen CUDA_VISIBLE_DEVICES"
             )
         torch.cuda.set_device(local_rank)
-        device_id = torch.device("cuda", local_rank)
+    # No device_id: with it every group connects when it is made, and Megatron makes some twenty of which a job uses half.
     if "RANK" in os.environ:
-        dist.init_process_group(backend(), timeout=timeout, device_id=device_id)
+        dist.init_process_group(backend(), timeout=timeout)
         return
     # A lone process: a file store needs no port. The file is removed by the store's destructor.
     store = os.path.join(tempfile.mkdtemp(prefix="longvila-store-"), "store")
-    dist.init_process_group(backend(), init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout, device_id=device_id)
+    dist.init_process_group(backend(), init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout)
 
 
 def shutdown_distributed() -> None:
