@@ -247,6 +247,7 @@ class CheckpointConfig:
 
     Attributes:
         save_interval: steps between checkpoints; 0 means only at the end and on a signal.
+        save_at_end: write one after the last step; off for benchmarks, whose weights nobody wants.
         keep_last: how many are kept.
         async_save: write in the background while training goes on.
         resume: continue from the newest complete checkpoint of output_dir if there is one.
@@ -254,6 +255,7 @@ class CheckpointConfig:
     """
 
     save_interval: int = 0
+    save_at_end: bool = True
     keep_last: int = 2
     async_save: bool = False
     resume: bool = True

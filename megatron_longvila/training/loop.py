@@ -148,7 +148,7 @@ def fit(run: Run, stop: StopSignal) -> None:
             last = number == run.total_steps
             if run.evaluation is not None and (last or (evaluation_interval and number % evaluation_interval == 0)):
                 record_evaluation(run, number, evaluate(run))
-            if last or result["stop"] or (interval and number % interval == 0):
+            if (last and config.checkpoint.save_at_end) or result["stop"] or (interval and number % interval == 0):
                 with whole_parameters(run.model):
                     run.checkpoints.save(run.state, number)
             run.checkpoints.poll()
