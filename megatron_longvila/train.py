@@ -10,18 +10,32 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check_device, check_inputs, resolve
-from megatron_longvila.config_io import parse
+from megatron_longvila.config_io import load, parse
 
 
 def configure(argv: Sequence[str], *, world_size: int, gpus_per_host: int) -> Config:
     """The checked configuration of a command line with the mesh resolved. Raises ValueError for what a user did wrong."""
     config = parse(argv, prog="python -m megatron_longvila.train")
-    config = resolve(config, world_size=world_size, gpus_per_host=gpus_per_host)
+    config = resolve(continue_mesh(config), world_size=world_size, gpus_per_host=gpus_per_host)
     check_inputs(config)
     return config
+
+
+def continue_mesh(config: Config) -> Config:
+    """`config` with the cp axes of the run it resumes where it says `auto`, unless the sizes it gives differ from that run."""
+    saved = Path(config.output_dir, "config.yaml")
+    if not config.checkpoint.resume or not saved.is_file():
+        return config
+    now, before = config.parallel, load(saved).parallel
+    axes = ("tp_size", "pp_size", "cp_size", "ulysses_size", "ring_size")
+    if any(getattr(now, axis) not in ("auto", getattr(before, axis)) for axis in axes):
+        return config
+    return replace(config, parallel=replace(now, **{axis: getattr(before, axis) for axis in axes}))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

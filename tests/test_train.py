@@ -1,0 +1,89 @@
+"""The training entry point up to the moment torch is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_longvila.config import ParallelConfig
+from megatron_longvila.config_io import load, parse, save
+from megatron_longvila.train import configure, continue_mesh
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[str]:
+    """Flags of a run whose inputs exist."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "dataset.json").touch()
+    (tmp_path / "words.model").touch()
+    tiny = ["--config", str(ROOT / "examples/models/tiny.yaml"), "--output_dir", str(tmp_path / "run")]
+    return [*tiny, "--data.train", f"[{tmp_path / 'rows'}]", "--data.tokenizer", str(tmp_path / "words.model")]
+
+
+def axes(parallel: ParallelConfig) -> tuple:
+    return parallel.cp_size, parallel.ulysses_size, parallel.ring_size
+
+
+def test_configure_resolves_the_mesh(inputs):
+    assert axes(configure([*inputs, "--parallel.cp_size", "8"], world_size=8, gpus_per_host=8).parallel) == (8, 4, 2)
+    assert axes(configure([*inputs, "--parallel.cp_size", "8"], world_size=8, gpus_per_host=2).parallel) == (8, 2, 4)
+    with pytest.raises(ValueError, match="data.train"):
+        configure(["--config", str(ROOT / "examples/models/tiny.yaml")], world_size=1, gpus_per_host=1)
+
+
+def test_a_resume_keeps_the_mesh_unless_told_otherwise(inputs, tmp_path):
+    first = configure([*inputs, "--parallel.cp_size", "8"], world_size=8, gpus_per_host=2)
+    (tmp_path / "run").mkdir()
+    save(first, tmp_path / "run" / "config.yaml")
+    for flags in ([], ["--parallel.cp_size", "8"]):  # another kind of host alone would have given ulysses 4 x ring 2
+        assert axes(configure([*inputs, *flags], world_size=8, gpus_per_host=8).parallel) == (8, 2, 4)
+    assert axes(configure([*inputs, "--parallel.cp_size", "4"], world_size=4, gpus_per_host=8).parallel) == (4, 4, 1)
+    tp = ["--parallel.tp_size", "2"]
+    assert axes(configure([*inputs, *tp], world_size=2, gpus_per_host=8).parallel) == (1, 1, 1)
+    fresh = parse([*inputs, "--checkpoint.resume", "false"])
+    assert continue_mesh(fresh) == fresh
+
+
+def run_train(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_longvila.train", *argv], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+def test_help_prints_every_field_and_exits_0():
+    done = run_train("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for flag in ("--output_dir", "--parallel.ulysses_size", "--model.llm.num_query_groups", "--print_config", "--config"):
+        assert flag in done.stdout
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--print_config"], ["--parallel.tp_size", "3"]])
+def test_no_torch_before_the_configuration_is_right(argv):
+    code = (
+        "import sys\nfrom megatron_longvila import train\n"
+        f"try: train.main({argv!r})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'megatron', 'numpy', 'transformers', 'av'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_print_config_is_a_configuration(tmp_path):
+    done = run_train("--parallel.tp_size", "2", "--print_config")
+    assert done.returncode == 0
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert load(tmp_path / "printed.yaml") == parse(["--parallel.tp_size", "2"])
+
+
+def test_a_mistake_is_one_line_and_exit_1():
+    done = run_train("--parallel.virtual_pp_size", "2")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: parallel.virtual_pp_size=2 is not supported")
+    quiet = run_train("--parallel.virtual_pp_size", "2", LOCAL_RANK="1", WORLD_SIZE="2")
+    assert quiet.returncode == 1 and quiet.stderr == ""
