@@ -1,0 +1,208 @@
+"""Loss parity: the same rows and weights on one GPU, on 4-way data parallel and on MM-SP, step by step (the paper's loss-parity figure).
+
+Every run starts the ordinary training command with other flags. The largest loss difference between one GPU and MM-SP is set against
+that between two one-GPU runs that differ only in their attention backend (cuDNN, flash): what rounding alone does over so many steps.
+
+    python tools/benchmark_loss_parity.py --config examples/models/qwen2_1.5b_siglip_384.yaml --config my_data.yaml --output_dir runs/parity
+
+Writes loss_parity.json (hardware, versions, command, every loss) and loss_parity.png into --output_dir. A finished run is not repeated.
+Runs of one GPU go side by side on the GPUs there are. Exit code 1 if a run failed or MM-SP strays by more than twice what rounding does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+BASELINE, ROUNDING, DATA_PARALLEL, MM_SP = "one_gpu_cudnn", "one_gpu_flash", "dp4", "ulysses2_ring2"
+WARM_UP_STEPS = 10  # left out of the medians of speed
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run: how many GPUs and which flags beside the common ones."""
+
+    gpus: int
+    flags: tuple[str, ...] = ()
+
+
+def mesh(ulysses: int, ring: int) -> tuple[str, ...]:
+    return ("--parallel.ulysses_size", str(ulysses), "--parallel.ring_size", str(ring))
+
+
+VARIANTS = {
+    BASELINE: Variant(1, ("--model.attention_backend", "cudnn")),
+    ROUNDING: Variant(1, ("--model.attention_backend", "flash")),
+    "one_gpu_te": Variant(1, ("--model.layers", "te")),
+    "one_gpu_again": Variant(1, ("--model.attention_backend", "cudnn")),
+    "ulysses2": Variant(2, mesh(2, 1)),
+    "ring2": Variant(2, mesh(1, 2)),
+    "ring2_p2p": Variant(2, (*mesh(1, 2), "--parallel.ring_transport", "p2p")),
+    DATA_PARALLEL: Variant(4),
+    MM_SP: Variant(4, mesh(2, 2)),
+    "ulysses2_ring2_te": Variant(4, (*mesh(2, 2), "--model.layers", "te")),
+    "tp2_ulysses2": Variant(4, (*mesh(2, 1), "--parallel.tp_size", "2", "--parallel.sequence_parallel", "true")),
+}
+
+
+def command(name: str, arguments: argparse.Namespace, folder: Path, port: int) -> list[str]:
+    """The training command of a variant."""
+    variant = VARIANTS[name]
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={variant.gpus}", f"--master_port={port}"]
+    common = [item for path in arguments.config for item in ("--config", path)]
+    common += ["--training.steps", str(arguments.steps), "--output_dir", str(folder), "--checkpoint.save_at_end", "false"]
+    return [*launch, "-m", "megatron_longvila.train", *common, *variant.flags]
+
+
+def losses(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_batch(names: list[str], arguments: argparse.Namespace) -> list[str]:
+    """Run variants side by side, each on GPUs of its own; returns those that failed."""
+    running, first_gpu = {}, 0
+    for index, name in enumerate(names):
+        folder = arguments.output_dir / name
+        folder.mkdir(parents=True, exist_ok=True)
+        gpus = range(first_gpu, first_gpu + VARIANTS[name].gpus)
+        first_gpu = gpus.stop
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        words = command(name, arguments, folder, 29500 + index)
+        print(f"{name}: GPUs {environment['CUDA_VISIBLE_DEVICES']}: {shlex.join(words[2:])}", flush=True)
+        log = open(folder / "log.txt", "w")  # noqa: SIM115  (closed with the process)
+        running[name] = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT), log
+    failed = []
+    for name, (process, log) in running.items():
+        try:
+            code = process.wait(timeout=arguments.timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = f"none within {arguments.timeout_s} s"
+        log.close()
+        steps = losses(arguments.output_dir / name)
+        print(f"{name}: exit code {code}, {len(steps)} steps, last loss {steps[-1]['loss'] if steps else None}", flush=True)
+        if code != 0:
+            failed.append(name)
+            print("\n".join((arguments.output_dir / name / "log.txt").read_text().splitlines()[-25:]), flush=True)
+    return failed
+
+
+def batches(names: list[str], num_gpus: int) -> list[list[str]]:
+    """Neighbouring variants grouped so that each group fits on the machine at once."""
+    groups: list[list[str]] = []
+    for name in names:
+        if groups and sum(VARIANTS[other].gpus for other in groups[-1]) + VARIANTS[name].gpus <= num_gpus:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def summarise(arguments: argparse.Namespace, names: list[str]) -> dict:
+    """Losses, speeds and differences of all finished runs."""
+    import torch
+
+    runs = {}
+    for name in names:
+        steps = losses(arguments.output_dir / name)
+        if len(steps) != arguments.steps:
+            continue
+        steady = steps[WARM_UP_STEPS:]
+        runs[name] = {
+            "gpus": VARIANTS[name].gpus,
+            "flags": list(VARIANTS[name].flags),
+            "loss": [step["loss"] for step in steps],
+            "grad_norm": [step["grad_norm"] for step in steps],
+            "median_tokens_per_s": statistics.median(step["tokens_per_s"] for step in steady) if steady else None,
+            "median_mfu": statistics.median(step["mfu"] for step in steady) if steady and steady[0]["mfu"] else None,
+            "memory_gib": max(step["memory_gib"] for step in steps),
+        }
+    if BASELINE in runs:
+        for run in runs.values():
+            run["largest_difference"] = max(abs(a - b) for a, b in zip(run["loss"], runs[BASELINE]["loss"], strict=True))
+    return {
+        "hardware": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or [platform.processor() or "CPU"],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "command": shlex.join(["python", *sys.argv]),
+        "steps": arguments.steps,
+        "runs": runs,
+    }
+
+
+def draw(summary: dict, path: Path) -> None:
+    """Loss curves above, distance from the one-GPU run below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, constrained_layout=True)
+    baseline = summary["runs"].get(BASELINE, {}).get("loss")
+    styles = {BASELINE: "-", DATA_PARALLEL: "--", MM_SP: ":"}
+    for name, run in summary["runs"].items():
+        steps = range(1, len(run["loss"]) + 1)
+        if name in styles:
+            top.plot(steps, run["loss"], styles[name], linewidth=2, label=name)
+        if baseline and name != BASELINE:
+            bottom.semilogy(steps, [max(abs(a - b), 1e-7) for a, b in zip(run["loss"], baseline, strict=True)], label=name, linewidth=1)
+    top.set(ylabel="loss per labelled token", title=f"{summary['hardware'][0]} x {len(summary['hardware'])}, bf16, same rows")
+    bottom.set(xlabel="step", ylabel=f"|loss - loss of {BASELINE}|")
+    for axis in (top, bottom):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", action="append", required=True, help="configuration files of the training command, in order")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--timeout_s", type=float, default=900, help="limit of one group of runs")
+    parser.add_argument(
+        "--runs", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME", help=f"any of {list(VARIANTS)}"
+    )
+    arguments = parser.parse_args()
+
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    names = [name for name in arguments.runs if VARIANTS[name].gpus <= num_gpus]
+    for name in arguments.runs:
+        if name not in names:
+            print(f"{name}: left out, it needs {VARIANTS[name].gpus} GPUs and there are {num_gpus}", flush=True)
+    unfinished = [name for name in names if len(losses(arguments.output_dir / name)) != arguments.steps]
+    failed = [name for group in batches(unfinished, num_gpus) for name in run_batch(group, arguments)]
+
+    summary = summarise(arguments, names)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    (arguments.output_dir / "loss_parity.json").write_text(json.dumps(summary, indent=1))
+    draw(summary, arguments.output_dir / "loss_parity.png")
+    print(f"{'run':20} {'GPUs':>4} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'last loss':>10} {'largest difference':>19}")
+    for name, run in summary["runs"].items():
+        mfu = f"{run['median_mfu']:.1%}" if run["median_mfu"] else "-"
+        difference = f"{run['largest_difference']:.2e}" if "largest_difference" in run else "-"
+        speed = f"{run['median_tokens_per_s']:.0f}" if run["median_tokens_per_s"] else "-"
+        print(f"{name:20} {run['gpus']:>4} {speed:>9} {mfu:>6} {run['memory_gib']:>6.1f} {run['loss'][-1]:>10.4f} {difference:>19}")
+    if failed:
+        print(f"failed: {failed}")
+        return 1
+    runs = summary["runs"]
+    if ROUNDING in runs and MM_SP in runs:
+        ratio = runs[MM_SP]["largest_difference"] / runs[ROUNDING]["largest_difference"]
+        print(f"{MM_SP} strays {ratio:.2f} times as far as another attention backend does; the limit is 2")
+        return 0 if ratio <= 2 else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
