@@ -8,13 +8,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_longvila.data.shards import VERSION, Media, canonical_json, dataset_hash, media_line
 from megatron_longvila.data.tar import Member, ShardTask, shard_index, write_shard
-from megatron_longvila.data.workers import Killed, run_tasks
 
 _SHARD_NAME = re.compile(r"media-[0-9]{6}\.tar(\.tmp)?")
 
@@ -133,10 +133,8 @@ def write_dataset(
             changed = True
         for path in stale:
             path.unlink()
-        for task, answer in progress(run_tasks(write_shard, todo, num_workers=num_workers), len(todo), "shard"):
+        for task in progress(_write_shards(todo, num_workers), len(todo), "shard"):
             name = Path(task.path).name
-            if isinstance(answer, Killed):
-                raise PreprocessError(f"writing {task.path} {answer.reason}; run the tool again to go on")
             journal.append(name, {"signature": signatures[name], "size": Path(task.path).stat().st_size})
     placed = _place(output, media, list(tasks))
     sample_bytes, media_bytes = b"".join(samples), "".join(media_line(one) + "\n" for one in placed).encode()
@@ -150,6 +148,18 @@ def write_dataset(
     for name, data in index.items():
         changed |= write_atomically(output / name, data)
     return changed
+
+
+def _write_shards(tasks: list[ShardTask], num_workers: int) -> Iterator[ShardTask]:
+    """Write in threads (copying and hashing run outside the interpreter lock), yielding each task when its shard is in place."""
+    with ThreadPoolExecutor(num_workers) as threads:
+        pending = {threads.submit(write_shard, task): task for task in tasks}
+        try:
+            for future in as_completed(pending):
+                future.result()
+                yield pending[future]
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def _shard_tasks(output: Path, media: list[Stored]) -> tuple[dict[str, ShardTask], dict[str, str]]:

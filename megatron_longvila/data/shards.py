@@ -158,6 +158,9 @@ class Dataset:
                 files = frame_files(path)
                 if len(files) != media.num_frames:
                     raise MediaError(f"{media.path!r} holds {len(files)} frames, {media.num_frames} when it was preprocessed; {_REBUILD}")
+                for file in files:
+                    if file.is_symlink():
+                        resolve_below(self._media_root, str(file))
                 return files
             size = path.stat().st_size
         except OSError as error:

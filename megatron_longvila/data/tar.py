@@ -31,8 +31,8 @@ class ShardTask:
     media: tuple[tuple[str, str, tuple[Member, ...]], ...]
 
 
-def write_shard(task: ShardTask) -> dict[str, tuple[int, int]]:
-    """Write the shard under a temporary name and rename it when it is whole; returns shard_index of it.
+def write_shard(task: ShardTask) -> None:
+    """Write the shard under a temporary name and rename it when it is whole.
 
     Raises OSError (disk full, source gone) or SourceChanged; no partial shard stays behind.
     """
@@ -48,12 +48,10 @@ def write_shard(task: ShardTask) -> dict[str, tuple[int, int]]:
             writer.tarstream.close()  # writes the end marks before the file is synced
             file.flush()
             os.fsync(file.fileno())
-        index = shard_index(temporary)
         os.replace(temporary, task.path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return index
 
 
 def shard_index(path: str | Path) -> dict[str, tuple[int, int]]:
