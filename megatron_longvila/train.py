@@ -7,6 +7,7 @@ The command line is parsed and checked before torch is imported: `--help` is qui
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,17 @@ def continue_mesh(config: Config) -> Config:
     return replace(config, parallel=replace(now, **{axis: getattr(before, axis) for axis in axes}))
 
 
+def start_logging(rank: int) -> None:
+    """Live lines of rank 0 and warnings of every rank, on standard output."""
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    package = logging.getLogger("megatron_longvila")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    package.propagate = False
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, train. A configuration error is one line on stderr and exit code 1."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -48,9 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         # One voice per host: the other ranks saw the same command line.
         raise SystemExit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1) from None
+    start_logging(int(os.environ.get("RANK", "0")))
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from megatron_longvila.training.loop import train
 
-    train(config)
+    # torchrun ends every rank when one fails; `record` leaves the traceback of that rank where torchrun's summary looks for it.
+    record(train)(config)
 
 
 if __name__ == "__main__":

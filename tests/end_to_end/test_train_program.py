@@ -1,0 +1,84 @@
+"""The training command as a user starts it: torchrun and plain python, a signal on the way, real files on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from media import video_bytes
+from tiny_tokenizers import write_sentencepiece
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Eight H.264 videos with one question each, preprocessed by the tool, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "media").mkdir()
+    rows = []
+    for number in range(8):
+        (folder / "media" / f"{number}.mp4").write_bytes(video_bytes(range(10 + number)))
+        turns = [{"from": "human", "value": "<video>\nHow many?"}, {"from": "gpt", "value": f"There are {number} circles."}]
+        rows.append({"id": f"row-{number}", "video": f"{number}.mp4", "conversations": turns})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = ["--input", folder / "rows.jsonl", "--media_root", folder / "media", "--output", folder / "dataset"]
+    run([sys.executable, ROOT / "tools" / "preprocess_video.py", *paths])
+    write_sentencepiece(folder / "tokenizer.model")
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(command: list) -> str:
+    done = subprocess.run([str(word) for word in command], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def command(data: Path, output: Path, num_ranks: int, *flags: str) -> list[str]:
+    launch = [sys.executable]
+    if num_ranks > 1:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    return [
+        *launch, "-m", "megatron_longvila.train", "--config", str(ROOT / "examples/models/tiny.yaml"), "--output_dir", str(output),
+        "--data.train", f"[{data}/dataset]", "--data.tokenizer", f"{data}/tokenizer.model", "--data.template", "plain",
+        "--model.llm.vocab_size", "448", "--data.global_batch_size", "2", "--data.context_length", "128", "--optimizer.lr", "0.001",
+        "--training.steps", "30", *flags,
+    ]  # fmt: skip
+
+
+def test_signal_then_the_same_command_again(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    line = command(data, output, 2, "--parallel.ulysses_size", "2")
+    with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        beat, deadline = output / "heartbeat.json", time.monotonic() + 120
+        while not (beat.exists() and json.loads(beat.read_text())["step"] >= 2):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.05)
+        os.kill(json.loads(beat.read_text())["pid"], signal.SIGUSR1)
+        text = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, text
+    stopped = json.loads((output / "interrupted").read_text())["step"]
+    assert 2 <= stopped < 30 and f"stopped by a signal after step {stopped}" in text
+    assert (output / "checkpoints" / "latest").read_text() == f"step_{stopped:07d}\n"
+    assert f"step {stopped}/30 | loss" in text  # the live line
+
+    text = run(line)
+    assert f"steps {stopped + 1} to 30" in text and "finished after step 30" in text and not (output / "interrupted").exists()
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_plain_python_is_one_rank(data: Path, tmp_path: Path) -> None:
+    text = run(command(data, tmp_path / "run", 1, "--training.steps", "2"))
+    assert "finished after step 2" in text
+    assert (tmp_path / "run" / "loss.png").exists()
