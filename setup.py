@@ -21,7 +21,7 @@ setup(
         "sentencepiece",
         "tokenizers",
         "webdataset",
-        "av>=17",
+        "av>=17,<19",
         "pillow",
         "tqdm",
         "matplotlib",

@@ -3,8 +3,9 @@
 Every run starts the ordinary training command with other flags. The largest loss difference between one GPU and MM-SP is set against
 that between two one-GPU runs that differ only in their attention backend (cuDNN, flash): what rounding alone does over so many steps.
 
-    python tools/benchmark_loss_parity.py --config examples/models/qwen2_1.5b_siglip_384.yaml --config my_data.yaml --output_dir runs/parity
+    python tools/benchmark_loss_parity.py --output_dir runs/parity
 
+The model has the sizes of Qwen2-1.5B and SigLIP so400m (384 px), random weights; the rows are 32 frames of videos that this tool makes.
 Writes loss_parity.json (hardware, versions, command, every loss) and loss_parity.png into --output_dir. A finished run is not repeated.
 Runs of one GPU go side by side on the GPUs there are. Exit code 1 if a run failed or MM-SP strays by more than twice what rounding does.
 """
@@ -24,6 +25,14 @@ from pathlib import Path
 
 BASELINE, ROUNDING, DATA_PARALLEL, MM_SP = "one_gpu_cudnn", "one_gpu_flash", "dp4", "ulysses2_ring2"
 WARM_UP_STEPS = 10  # left out of the medians of speed
+NUM_VIDEOS, SIDE, NUM_FRAMES = 16, 384, 64
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 40), "blue": (40, 70, 235), "white": (240, 240, 240)}
+COMMON_FLAGS = (
+    "--config", "examples/models/qwen2_1.5b_siglip_384.yaml", "--model.llm.rotary_base", "1000000",
+    "--data.template", "plain", "--data.context_length", "8192", "--data.global_batch_size", "4", "--data.video.num_frames", "32",
+    "--training.precision", "bf16", "--training.recompute_vision", "true", "--data.num_workers", "4",
+    "--optimizer.lr", "1e-4", "--optimizer.warmup_steps", "10", "--checkpoint.save_at_end", "false",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,59 @@ VARIANTS = {
 }
 
 
+def make_data(folder: Path, rows: int) -> None:
+    """Videos of a square that drifts over noise, `rows` questions about them, a SentencePiece model, all preprocessed. Deterministic."""
+    if (folder / "data" / "dataset.json").exists():
+        return
+    import av
+    import numpy as np
+    import sentencepiece
+
+    rng = np.random.default_rng(0)
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for index in range(NUM_VIDEOS):
+        colour = list(COLOURS)[index % len(COLOURS)]
+        x, y = rng.integers(0, SIDE - 120, 2)
+        drawn.append(colour)
+        with av.open(str(folder / "videos" / f"{index:02}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=16, options={"crf": "20", "preset": "veryfast", "threads": "1"})
+            stream.width = stream.height = SIDE
+            stream.pix_fmt = "yuv420p"
+            for frame in range(NUM_FRAMES):
+                pixels = rng.integers(60, 120, (SIDE, SIDE, 3), dtype=np.uint8)
+                left, top = (x + 4 * frame) % (SIDE - 80), (y + 2 * frame * (index % 3)) % (SIDE - 80)
+                pixels[top : top + 80, left : left + 80] = COLOURS[colour]
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+    lines = []
+    for row in range(rows):
+        video = row % NUM_VIDEOS
+        answer = f"video {video} shows a {drawn[video]} square , and this is sentence {row // NUM_VIDEOS} about it"
+        talk = [{"from": "human", "value": "<video>\nwhat moves here ?"}, {"from": "gpt", "value": answer}]
+        lines.append({"id": f"row{row}", "video": f"{video:02}.mp4", "conversations": talk})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = [turn["value"] for line in lines for turn in line["conversations"]]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, user_defined_symbols=["\n"], minloglevel=2,
+    )  # fmt: skip
+    tool = Path(__file__).with_name("preprocess_video.py")
+    flags = ["--input", folder / "rows.jsonl", "--media_root", folder / "videos", "--output", folder / "data"]
+    subprocess.run([sys.executable, tool, *flags], check=True)
+
+
 def command(name: str, arguments: argparse.Namespace, folder: Path, port: int) -> list[str]:
     """The training command of a variant."""
     variant = VARIANTS[name]
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={variant.gpus}", f"--master_port={port}"]
-    common = [item for path in arguments.config for item in ("--config", path)]
-    common += ["--training.steps", str(arguments.steps), "--output_dir", str(folder), "--checkpoint.save_at_end", "false"]
+    data = [
+        "--data.train",
+        json.dumps([str(arguments.output_dir / "data")]),
+        "--data.tokenizer",
+        str(arguments.output_dir / "tokenizer.model"),
+    ]
+    common = [*COMMON_FLAGS, *data, "--training.steps", str(arguments.steps), "--output_dir", str(folder)]
     return [*launch, "-m", "megatron_longvila.train", *common, *variant.flags]
 
 
@@ -164,7 +220,6 @@ def draw(summary: dict, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", action="append", required=True, help="configuration files of the training command, in order")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--timeout_s", type=float, default=900, help="limit of one group of runs")
@@ -180,11 +235,11 @@ def main() -> int:
     for name in arguments.runs:
         if name not in names:
             print(f"{name}: left out, it needs {VARIANTS[name].gpus} GPUs and there are {num_gpus}", flush=True)
+    make_data(arguments.output_dir, 4 * arguments.steps)
     unfinished = [name for name in names if len(losses(arguments.output_dir / name)) != arguments.steps]
     failed = [name for group in batches(unfinished, num_gpus) for name in run_batch(group, arguments)]
 
     summary = summarise(arguments, names)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     (arguments.output_dir / "loss_parity.json").write_text(json.dumps(summary, indent=1))
     draw(summary, arguments.output_dir / "loss_parity.png")
     print(f"{'run':20} {'GPUs':>4} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'last loss':>10} {'largest difference':>19}")

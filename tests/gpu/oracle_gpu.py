@@ -1,7 +1,8 @@
-"""The oracle on GPUs, through NCCL: two ranks against one, in fp32 with the reference attention (sharp) and in bf16 with cuDNN and flash.
+"""The oracle on GPUs, through NCCL: N ranks against one, in fp32 with the reference attention (sharp) and in bf16 with cuDNN and flash.
 
     python tests/gpu/oracle_gpu.py --save one_rank.pt
-    torchrun --nproc_per_node 2 tests/gpu/oracle_gpu.py --check one_rank.pt
+    torchrun --nproc_per_node 2 tests/gpu/oracle_gpu.py --check one_rank.pt  # the meshes of 2 ranks
+    torchrun --nproc_per_node 4 tests/gpu/oracle_gpu.py --check one_rank.pt  # and of 4
 
 Prints one line per mesh and batch with the largest relative gradient error; the exit code is 1 if any line fails.
 """
@@ -9,6 +10,7 @@ Prints one line per mesh and batch with the largest relative gradient error; the
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import replace
@@ -30,7 +32,19 @@ MESHES = {
     "ulysses2": ({"ulysses_size": 2}, {}),
     "ring2": ({"ring_size": 2}, {"ring_transport": "all_gather"}),
     "ring2_p2p": ({"ring_size": 2}, {"ring_transport": "p2p"}),
+    "ulysses2_ring2": ({"ulysses_size": 2, "ring_size": 2}, {"ring_transport": "all_gather"}),
+    "ulysses4": ({"ulysses_size": 4}, {}),
+    "ring4_p2p": ({"ring_size": 4}, {"ring_transport": "p2p"}),
+    "dp2_ulysses2": ({"ulysses_size": 2}, {}),
+    "tp2_sp_ulysses2": ({"tp_size": 2, "ulysses_size": 2}, {"sequence_parallel": True}),
+    "pp2_ring2_p2p": ({"pp_size": 2, "ring_size": 2}, {"ring_transport": "p2p"}),
 }
+
+
+def fits(name: str) -> bool:
+    """The mesh uses exactly the ranks of this job."""
+    replica = math.prod(MESHES[name][0].values())
+    return dist.get_world_size() == replica * (2 if name.startswith("dp2") else 1)
 
 
 def configured(precision: str, backend: str, parallel: dict, recompute: str = "none"):
@@ -86,10 +100,11 @@ def check(path: str) -> int:
     saved = torch.load(path, weights_only=False)
     state, results = saved["state"], saved["results"]
     failures = 0
-    for name, (sizes, parallel) in MESHES.items():
+    for name in filter(fits, MESHES):
+        sizes, parallel = MESHES[name]
         for precision, backend in (("fp32", "reference"), ("bf16", "cudnn"), ("bf16", "flash")):
-            config = configured(precision, backend, parallel, "full" if name in ("tp2_sp", "ring2_p2p") else "none")
-            model, groups = build(config, sizes, state, overlap=name in ("ulysses2", "dp2"))
+            config = configured(precision, backend, parallel, "full" if "sp" in name or "p2p" in name else "none")
+            model, groups = build(config, sizes, state, overlap=name in ("ulysses2", "dp2", "ulysses4", "ulysses2_ring2"))
             for batch_name, batch in BATCHES.items():
                 loss, count = run_batch(model, batch, config, groups)
                 truth_loss, truth_count, truth = results["fp32", "reference", batch_name]
