@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megatron_longvila.data.media import DEFAULT_LIMITS, SNIFF_BYTES, ByteRange, MediaError, MediaLimits, open_source, sniff
 
@@ -40,6 +40,8 @@ def open_image(source: bytes | str | Path | ByteRange, limits: MediaLimits = DEF
             raise
         except Image.DecompressionBombError:
             raise MediaError("has more pixels than a picture may have (decompression bomb)") from None
+        except UnidentifiedImageError:  # its message holds a memory address
+            raise MediaError(f"is a damaged {found.reader} image: its header cannot be read") from None
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ... on damaged files
             raise MediaError(f"is a damaged {found.reader} image: {error}") from error
 

@@ -119,6 +119,7 @@ def _load(options: Options) -> list[tuple[str, Row | RowError]]:
         if isinstance(row, Row) and first_use.setdefault(row.id, key) != key:
             used = f"its id {row.id!r} was used before, in {first_use[row.id]}"
             rows[number] = (key, RowError(f"{used}; ids name samples in logs and skip lists"))
+            rows[number][1].id = row.id
     return rows
 
 
@@ -221,7 +222,7 @@ def _accept(
     for key, row in rows:
         reason = str(row) if isinstance(row, RowError) else _refusal(row, files, problems, answers)
         if reason:
-            rejected.append({"key": key, "id": row.id if isinstance(row, Row) else None, "reason": reason})
+            rejected.append({"key": key, "id": row.id, "reason": reason})
             continue
         shown = []
         for reference in row.media:

@@ -14,7 +14,9 @@ _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message is the reason in the report."""
+    """A row that cannot be used; the message is the reason in the report, `id` the row's own where it has one."""
+
+    id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,22 +76,29 @@ def _check(record: object) -> Row | RowError:
     try:
         return parse_row(record)
     except RowError as error:
+        error.id = _identity(record)
         return error
+
+
+def _identity(record: object) -> str | None:
+    identity = record.get("id") if isinstance(record, dict) else None
+    usable = isinstance(identity, str | int) and not isinstance(identity, bool) and identity != ""
+    return str(identity) if usable else None
 
 
 def parse_row(record: object) -> Row:
     """Check one row. Raises RowError with the reason."""
     if not isinstance(record, dict):
         raise RowError(f"a row must be a JSON object, not {type(record).__name__}")
-    identity = record.get("id")
-    if not isinstance(identity, str | int) or isinstance(identity, bool) or identity == "":
+    identity = _identity(record)
+    if identity is None:
         raise RowError("has no `id` (a text or a whole number)")
     conversations = _parse_conversations(record.get("conversations"))
     videos = [MediaReference("<video>", path, _parse_fps(record)) for path in _paths(record, "video")]
     if "image" in record and "images" in record:
         raise RowError("has both `image` and `images`; put all pictures into `images`")
     images = [MediaReference("<image>", path) for path in _paths(record, "image") + _paths(record, "images")]
-    row = Row(str(identity), conversations, _match_marks(conversations, videos, images))
+    row = Row(identity, conversations, _match_marks(conversations, videos, images))
     try:
         json.dumps([row.id, conversations], ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -6,10 +6,14 @@ import contextlib
 import multiprocessing
 import signal
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+
+_ORPHAN_GRACE_S = 10.0
+_START_LIMIT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def run_tasks(function: Callable, tasks: Iterable, *, num_workers: int, timeout_
     try:
         while True:
             while queue and len(workers) < num_workers:
-                workers.append(_start(context, function))
+                workers.append(_start(context, function, timeout_s))
             for worker in [worker for worker in workers if worker.task is None]:
                 if queue:
                     _give(worker, queue.popleft(), timeout_s)
@@ -66,11 +70,19 @@ def run_tasks(function: Callable, tasks: Iterable, *, num_workers: int, timeout_
             _stop(worker)
 
 
-def _start(context, function: Callable) -> _Worker:
+def _start(context, function: Callable, timeout_s: float | None) -> _Worker:
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, function, timeout_s), daemon=True)
     process.start()
     theirs.close()  # else the pipe would not break when the worker dies
+    if not ours.poll(_START_LIMIT_S):  # imports are over when it says so: a task's time starts after them
+        process.kill()
+        raise RuntimeError(f"a worker process did not start within {_START_LIMIT_S:g} s; the machine may be out of memory or processes")
+    try:
+        ours.recv()
+    except (EOFError, ConnectionError):
+        process.join()
+        raise RuntimeError(f"a worker process ended with exit code {process.exitcode} before its first task") from None
     return _Worker(process, ours)
 
 
@@ -103,17 +115,22 @@ def _stop(worker: _Worker) -> None:
     worker.connection.close()
 
 
-def _serve(connection: Connection, function: Callable) -> None:
+def _serve(connection: Connection, function: Callable, timeout_s: float | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    warnings.simplefilter("ignore")  # what libraries say about strange files; what matters is in the answer
+    connection.send("ready")
     while True:
         try:
             task = connection.recv()
         except (EOFError, ConnectionError):
             return
+        if timeout_s is not None:  # ends a hanging call (SIGALRM's default action) where no parent is left to do it
+            signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
         try:
             answer = (True, function(task))
         except Exception as error:  # handed to the parent, which raises it
             answer = (False, error)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             connection.send(answer)
         except ConnectionError:
