@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -53,9 +54,14 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
             fork.Process(target=_rank_main, args=(fn, rank, args, senders, Path(folder), timeout_s), name=f"rank{rank}")
             for rank in range(world_size)
         ]
+        # A decoder in the parent's garbage would be freed by a rank's collector, which then waits for the decoder's threads: they did not
+        # come along through the fork. So throw the garbage away here and keep the rest out of the ranks' collections.
+        gc.collect()
+        gc.freeze()
         try:
             for process in processes:
                 process.start()
+            gc.unfreeze()
             for sender in senders:
                 sender.close()  # the parent's copy: otherwise the death of a rank is not an end of file
             return _collect(processes, [receiver for receiver, _ in pipes], Path(folder), timeout_s)
