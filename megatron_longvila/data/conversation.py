@@ -136,11 +136,6 @@ def read_turns(conversations: Sequence[dict]) -> list[Turn]:
     return turns
 
 
-def count_marks(conversations: Sequence[dict]) -> int:
-    """`<image>` and `<video>` marks in the human turns."""
-    return sum(len(MARKS.findall(turn.text)) for turn in read_turns(conversations) if turn.role == "user")
-
-
 def find_template(name: str) -> Template:
     """The template called `name`; ValueError with the known names otherwise."""
     if name not in TEMPLATES:

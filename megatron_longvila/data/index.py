@@ -151,10 +151,12 @@ class LengthCache:
         return None
 
     def write(self, lengths: np.ndarray, reasons: dict[int, str]) -> Path | None:
-        """Write to the first folder that exists and can be written; None if there is none (then every start measures)."""
+        """Write beside the dataset, or where that cannot be written to the fallback; None if neither can (then every start measures)."""
         data = json.dumps({"lengths": lengths.tolist(), "unusable": reasons}).encode()
         for path in self._paths:
             with contextlib.suppress(OSError):
+                if path != self._paths[0]:
+                    path.parent.mkdir(parents=True, exist_ok=True)
                 with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
                     file.write(data)
                 os.replace(file.name, path)  # readers see the whole file or none

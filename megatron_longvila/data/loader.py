@@ -102,7 +102,7 @@ class Loader:
         evaluation: every sample once, in index order, at most `training.evaluation_rows` rows; iterating starts over. Otherwise rows of
             (training.seed, epoch), endless if training.steps is set, else training.epochs of them; iterating goes on from the position.
         report_path: JSON lines of the samples that were skipped, written by rank 0.
-        cache_dir: existing folder for the token lengths if the first dataset's cannot be written.
+        cache_dir: where token lengths go if the first dataset's folder cannot be written; made when needed.
 
     Attributes:
         position: rows of the list consumed so far, over all dp ranks; a step counts as consumed when it is handed out.

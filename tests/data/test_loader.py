@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_datasets import TinyDataset, colour, tiny_config
+from tiny_datasets import TinyDataset, colour, png, tiny_config
 
 from megatron_longvila.data.loader import Loader, Place
+from megatron_longvila.data.preprocess import Options, preprocess
+from megatron_longvila.data.shards import open_dataset
 from megatron_longvila.data.text import load_tokenizer
 from megatron_longvila.parallel.plan import IGNORE_INDEX
 from ranks import run_ranks
@@ -250,7 +252,6 @@ def test_lengths_are_cached_beside_the_index(tokenizer, tmp_path, monkeypatch):
     assert ids_of(steps_of(make(tokenizer, dataset=TinyDataset(SHAPES, folder), epochs=1))) == first
     make(tokenizer, dataset=TinyDataset(SHAPES, folder), epochs=1, num_frames=5)  # another rule, another file
     assert len(list(folder.iterdir())) == 2
-    run.mkdir()
     make(tokenizer, dataset=TinyDataset(SHAPES, tmp_path / "read-only"), epochs=1, loader={"cache_dir": run})
     assert len(list(run.iterdir())) == 1 and not (tmp_path / "read-only").exists()
 
@@ -314,6 +315,53 @@ def test_ids_outside_the_embedding_table(tokenizer):
     config = replace(config, model=replace(config.model, llm=replace(config.model.llm, vocab_size=50)))
     with pytest.raises(ValueError, match="12 of 12 samples .* is outside model.llm.vocab_size=50"):
         Loader(config, Place(), [TinyDataset(SHAPES)], tokenizer)
+
+
+def test_files_written_by_the_preprocessing_tool(tokenizer, tmp_path):
+    """A video and a picture through shards; then the shard is damaged after it was indexed."""
+    media = tmp_path / "media"
+    media.mkdir()
+    write_video(media / "moving.mp4", num_frames=12)
+    (media / "still.png").write_bytes(png((1, 200, 3)))
+    rows = [
+        {"id": "both", "video": "moving.mp4", "image": "still.png", "conversations": talk("<video> or <image>?")},
+        {"id": "picture", "image": "still.png", "conversations": talk("<image>")},
+        {"id": "text", "conversations": talk("nothing to see")},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preprocess(Options(tmp_path / "rows.jsonl", media, tmp_path / "out", num_workers=1))
+    loader = make(tokenizer, dataset=open_dataset(tmp_path / "out"), epochs=1)
+    ((batch, padding),) = steps_of(loader)
+    assert batch.num_frames == loader.frames_decoded == 6 + 1 + 1 and not padding.sample_ids
+    greens = [int(frame[..., 1].float().mean()) for frame in batch.frames]
+    assert greens.count(200) == 2 and all(abs(green - 20) < 8 for green in greens if green != 200)
+
+    (shard,) = (tmp_path / "out" / "shards").glob("*.tar")
+    still = next(one for one in open_dataset(tmp_path / "out").media.values() if one.kind == "image")
+    with open(shard, "r+b") as file:
+        file.seek(still.offset)
+        file.write(bytes(still.size))
+    loader = make(tokenizer, dataset=open_dataset(tmp_path / "out"), epochs=1, max_bad_fraction=0.7)
+    ((batch, _),) = steps_of(loader)
+    assert sorted(batch.skipped) == ["both", "picture"] and not batch.frames.any()
+    assert all(still.sha256[:16] in reason for reason in loader.skipped.values())
+
+
+def write_video(path, num_frames: int) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for number in range(num_frames):
+            pixels = np.full((32, 32, 3), (10 * number, 20, 30), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def talk(question: str) -> list[dict]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
 
 
 def _ranks_read(rank: int, sizes: tuple[int, int, int, int], tokenizer_path, folder) -> dict:
