@@ -141,11 +141,18 @@ class VideoStream:
             self._container.close()
             self._container = None
         self._file.seek(0)
-        limits = {"max_streams": str(self._limits.max_streams), "max_pixels": str(self._limits.max_pixels), "protocol_whitelist": ""}
+        container_options = {"max_streams": str(self._limits.max_streams), "protocol_whitelist": ""}
+        # Decoders already run while a container is opened. Only where the header lists the streams: PyAV 17 crashes on options otherwise.
+        options = {"max_pixels": str(self._limits.max_pixels)} if self._demuxer in ("mov", "matroska", "avi") else {}
         try:
-            # metadata_errors: titles and comments in any encoding must not make a video unreadable
             self._container = av.open(
-                self._file, format=self._demuxer, options=limits, buffer_size=_BUFFER_BYTES, metadata_errors="replace", io_open=refuse
+                self._file,
+                format=self._demuxer,
+                options=options,
+                container_options=container_options,
+                buffer_size=_BUFFER_BYTES,
+                metadata_errors="replace",  # titles and comments in any encoding must not make a video unreadable
+                io_open=refuse,
             )
         except (av.FFmpegError, MemoryError, UnicodeError) as error:
             raise MediaError(f"cannot be opened as {self.extension}: {_reason(error)}") from error
@@ -157,7 +164,7 @@ class VideoStream:
             raise MediaError(f"has no video track (it holds {', '.join(kinds)})")
         self._stream = videos[0]
         for stream in self._container.streams:
-            if stream.index != self._stream.index:
+            if stream.index != self._stream.index and hasattr(stream, "discard"):  # PyAV 18: their bytes are not even read
                 stream.discard = av.stream.Discard.all
         context = self._stream.codec_context
         if context is None:
