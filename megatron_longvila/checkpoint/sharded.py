@@ -2,6 +2,7 @@
 
 A checkpoint is a folder `step_0000010` with Megatron's `torch_dist` files, the resolved `config.yaml`, and `complete.json`, which lists
 every file with its size. It is written under a hidden name and renamed when complete: a kill at any moment leaves the previous one usable.
+`passengers.safetensors`, if an imported model had tensors that do not reach the loss, goes along from checkpoint to checkpoint unchanged.
 The files hold pickled Python objects: load only checkpoints you trust.
 """
 
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from megatron_longvila import config_io, platform
 from megatron_longvila.config import Config
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 COMPLETE = "complete.json"
+PASSENGERS = "passengers.safetensors"
 _HASHED_BYTES = 16 << 20  # larger files are checked by size alone: reading all of a checkpoint again would cost minutes
 
 
@@ -66,6 +69,7 @@ class Checkpoints:
         if config.checkpoint.keep_last < 1:
             raise ValueError(f"checkpoint.keep_last={config.checkpoint.keep_last} must be at least 1: the newest checkpoint is always kept")
         self.root, self.config, self.groups = root, config, groups
+        self._passengers = Path(config.checkpoint.load, PASSENGERS) if config.checkpoint.load else None
         self._pending = AsyncCallsQueue(persistent=False) if config.checkpoint.async_save else None
 
     def save(self, state: TrainingState, step: int) -> None:
@@ -146,6 +150,7 @@ class Checkpoints:
         state.loader.load_state_dict(loaded["loader"])
         if same_layout:
             platform.set_rng_state(loaded["rng"])
+        self._passengers = folder / PASSENGERS
         if dist.get_rank() == 0:
             logger.info("resumed from %s (step %d, written on %s)", folder, progress["step"], progress["layout"])
         return progress["step"]
@@ -162,11 +167,14 @@ class Checkpoints:
         """Mark the written folder complete, give it its name, point `latest` at it and remove the oldest."""
         if dist.get_rank() == 0:
             config_io.save(self.config, folder / "config.yaml")
+            if self._passengers is not None and self._passengers.exists():
+                shutil.copy(self._passengers, folder)
             mark_complete(folder)
             final = self.root / _name(step)
             if final.exists():  # a damaged one of the same step
                 _remove(final)
             os.rename(folder, final)
+            self._passengers = final / PASSENGERS  # the folder it came from may be removed next
             write_text(self.root / "latest", final.name + "\n")
             _sync_folder(self.root)
             # A later step can only be a damaged one that the resume passed over: it must not push out a good one.
@@ -201,8 +209,14 @@ def load_weights(folder: Path, model: torch.nn.Module, groups: Groups) -> None:
     model.load_state_dict(loaded["model"])
 
 
-def save_weights(folder: Path, model: torch.nn.Module, config: Config, groups: Groups) -> None:
-    """Write a checkpoint of weights alone, for `load_weights`. All ranks call it; `folder` must not exist yet."""
+def save_weights(
+    folder: Path, model: torch.nn.Module, config: Config, groups: Groups, passengers: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a checkpoint of weights alone, for `load_weights`. All ranks call it; `folder` must not exist yet.
+
+    Args:
+        passengers: tensors of an imported model that do not reach the loss; kept for its export. Those of rank 0 are written.
+    """
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
@@ -211,6 +225,8 @@ def save_weights(folder: Path, model: torch.nn.Module, config: Config, groups: G
     dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata), "progress": progress}, str(folder), ("torch_dist", 1))
     if dist.get_rank() == 0:
         config_io.save(config, folder / "config.yaml")
+        if passengers:
+            save_file(passengers, folder / PASSENGERS)
         mark_complete(folder)
     dist.barrier()
 

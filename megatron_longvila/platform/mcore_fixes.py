@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import multiprocessing
 import os
 import queue
@@ -123,6 +124,32 @@ def _count_empty_steps(original: Callable) -> Callable:
     return step_with_ready_grads
 
 
+def _unpadded_ranges(original: Callable) -> Callable:
+    """The gathered optimizer state leaves out the padding at the end of each bucket, but is cut at the places the parameters have with it:
+    behind the first padded bucket every saved tensor is shifted, and a resumed run goes on with wrong weights, silently."""
+
+    def without_padding(buffer) -> dict:
+        starts = list(itertools.accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0))
+        ranges = {}
+        for param, (start, end, bucket) in buffer.param_index_map.items():
+            shift = buffer.buckets[bucket].offset - starts[bucket]
+            ranges[param] = (start - shift, end - shift, bucket)
+        return ranges
+
+    @functools.wraps(original)
+    def sharded_param_state_fully_reshardable(self, *args, **kwargs):
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        for buffer in self.buffers:
+            buffer.param_index_map = without_padding(buffer)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for buffer, ranges in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = ranges
+
+    return sharded_param_state_fully_reshardable
+
+
 def _no_fp8(original: Callable) -> Callable:
     """`self.fp8 = fp8 is not None` makes the default False mean True; without Transformer Engine that is a NameError."""
 
@@ -181,6 +208,14 @@ FIXES: dict[str, tuple[Patch, ...]] = {
     "empty_rank": (
         Patch(_OPTIMIZER, "state_dict", "assert len(steps) == 1", _empty_state),
         Patch(_OPTIMIZER, "step_with_ready_grads", "super().step_with_ready_grads()", _count_empty_steps),
+    ),
+    "unpadded_ranges": (
+        Patch(
+            _OPTIMIZER,
+            "sharded_param_state_fully_reshardable",
+            "state_ten = world_tensors[state_key][param_world_start:param_world_end]",
+            _unpadded_ranges,
+        ),
     ),
     "no_fp8": (Patch("megatron.core.tensor_parallel.random:CheckpointWithoutOutput", "__init__", "self.fp8 = fp8 is not None", _no_fp8),),
     "forked_results": (

@@ -64,6 +64,27 @@ def test_resume_is_bit_exact(case: str, tmp_path: Path) -> None:
     assert whole[0][-1] < whole[0][0]
 
 
+def _many_buckets(rank: int, root: str, config: Config, steps: int, saves: tuple[int, ...], without: str | None) -> list[float]:
+    from functools import partial
+
+    from megatron_longvila.platform import mcore_fixes
+    from megatron_longvila.training import optimizer
+
+    mcore_fixes.apply(without=without)
+    optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=600)
+    return train(rank, root, config, {}, steps, saves)
+
+
+@pytest.mark.parametrize("without,exact", [(None, True), ("unpadded_ranges", False)])
+def test_padded_buckets(without: str | None, exact: bool, tmp_path: Path) -> None:
+    """Gradients in several buckets, whose ends are padded, as in any model of more than 40 million parameters."""
+    config = replace(make_config(), parallel=ParallelConfig(overlap_grad_reduce=True))
+    whole = run_ranks(_many_buckets, 2, str(tmp_path / "whole"), config, 4, (), without)[0]
+    run_ranks(_many_buckets, 2, str(tmp_path / "run"), config, 2, (2,), without)
+    again = run_ranks(_many_buckets, 2, str(tmp_path / "run"), config, 4, (), without)[0]
+    assert (again == whole[2:]) == exact
+
+
 def test_any_layout_continues(tmp_path: Path) -> None:
     """Training on tp 2 x pp 2, continued on other meshes, follows the uninterrupted run to rounding."""
     config = make_config()
@@ -234,3 +255,42 @@ def test_random_state_on_the_same_layout_only(tmp_path: Path) -> None:
     assert saved[0] != saved[1]
     assert run_ranks(_random_numbers, 2, str(tmp_path), make_config(), {}, 2) == saved
     assert run_ranks(_random_numbers, 2, str(tmp_path), make_config(), {"tp_size": 2}, 2) != saved
+
+
+def _import_weights(rank: int, folder: str, config: Config) -> None:
+    from toy_model import build_toy
+
+    from megatron_longvila.checkpoint.sharded import save_weights
+
+    toy = build_toy(config)
+    save_weights(Path(folder), toy.state.model, config, toy.groups, {"unused": torch.arange(5.0)})
+
+
+def _bf16_weights(rank: int, folder: str, config: Config) -> float:
+    """Largest difference of bf16 weights loaded from fp32 ones to those ones, rounded."""
+    from toy_model import build_toy
+
+    from megatron_longvila.checkpoint.sharded import load_weights
+
+    toy = build_toy(config)
+    want = {name: value.clone() for name, value in toy.state.model.state_dict().items() if value is not None}
+    for parameter in toy.state.model.parameters():
+        parameter.data.fill_(7)
+    load_weights(Path(folder), toy.state.model, toy.groups)
+    got = toy.state.model.state_dict()
+    assert all(got[name].dtype == torch.bfloat16 for name in want)
+    return max((got[name] - want[name]).abs().max().item() for name in want)
+
+
+def test_passengers_travel(tmp_path: Path) -> None:
+    """Tensors that are not trained go from an imported model through every checkpoint of the runs that follow, also past the pruning."""
+    from safetensors.torch import load_file
+
+    source = tmp_path / "imported"
+    run_ranks(_import_weights, 2, str(source), make_config())
+    first = make_config(keep_last=1, load=str(source))
+    run_ranks(train, 2, str(tmp_path / "run"), first, {}, 2, (1, 2))
+    run_ranks(train, 2, str(tmp_path / "run"), make_config(keep_last=1), {}, 4, (3, 4))
+    passengers = load_file(tmp_path / "run" / "step_0000004" / "passengers.safetensors")
+    assert list(passengers) == ["unused"] and torch.equal(passengers["unused"], torch.arange(5.0))
+    assert run_ranks(_bf16_weights, 2, str(source), make_config("bf16")) == [0.0, 0.0]

@@ -48,14 +48,16 @@ def make_config(tmp_path, tokenizer_path, monkeypatch):
     datasets = {"train": TinyDataset(SHAPES), "held_out": TinyDataset(SHAPES[:5], words="Which shape?")}
     monkeypatch.setattr(loop, "open_dataset", datasets.__getitem__)
 
-    def make(name: str = "run", steps: int = 10, parallel=None, training=None, checkpoint=None, logging=None, **data) -> Config:
+    def make(
+        name: str = "run", steps: int = 10, parallel=None, training=None, checkpoint=None, logging=None, tie_embeddings=False, **data
+    ) -> Config:
         settings = {"train": ["train"], "tokenizer": tokenizer_path, "template": "plain", "context_length": 64, "global_batch_size": 2}
         return Config(
             output_dir=str(tmp_path / name),
             model=ModelConfig(
                 vision=VisionConfig(4, 2, 16, 24, 3, 2, frames_per_micro_batch=4),
                 projector=ProjectorConfig(),
-                llm=LLMConfig("qwen2", 32, 48, 4, 4, 2, 8, 420, 256, 10_000.0),
+                llm=LLMConfig("qwen2", 32, 48, 4, 4, 2, 8, 420, 256, 10_000.0, tie_embeddings=tie_embeddings),
                 init_std=0.1,
             ),
             parallel=ParallelConfig(**(parallel or {})),
@@ -127,15 +129,22 @@ MESHES = {
     "dp2": (2, {"overlap_grad_reduce": False}),
     "dp2_gather": (2, {"overlap_param_gather": True}),
 }
+TIED_MESHES = {
+    "one": (1, {}),
+    "pp2_dp2": (4, {"pp_size": 2}),
+    "pp2_dp2_plain": (4, {"pp_size": 2, "overlap_grad_reduce": False}),
+    "pp2_tp2": (4, {"pp_size": 2, "tp_size": 2, "sequence_parallel": True}),
+}
 
 
 @pytest.mark.end_to_end
-def test_every_mesh_trains_alike(make_config) -> None:
+@pytest.mark.parametrize("meshes", [MESHES, TIED_MESHES], ids=["untied", "tied"])
+def test_every_mesh_trains_alike(meshes: dict, make_config) -> None:
     """Ten steps of AdamW in fp32 from the same weights; meshes differ in the order of sums only. Adam's division by the root of the second
     moment makes a rounding of 1e-7 in a gradient one of up to lr in a weight whose gradient is near zero, hence 1e-4 after ten steps."""
     found = {}
-    for name, (world_size, parallel) in MESHES.items():
-        config = make_config(name, parallel=parallel, evaluation=["held_out"])
+    for name, (world_size, parallel) in meshes.items():
+        config = make_config(name, parallel=parallel, evaluation=["held_out"], tie_embeddings=meshes is TIED_MESHES)
         run_ranks(run_training, world_size, config)
         found[name] = losses(config) + [read(config, "evaluation.jsonl")[-1]["loss"]]
         assert [line["sample_ids"] for line in read(config)] == [line["sample_ids"] for line in read(make_config("one"))]
@@ -151,6 +160,10 @@ RESUMES = {
     "fp32_cp4": (4, {"ulysses_size": 2, "ring_size": 2}, {}, {}),
     "bf16_dp2": (2, {}, {"precision": "bf16"}, {}),
     "projector_pp2": (2, {"pp_size": 2}, {"trainable": ["projector"]}, {}),
+    "tied_pp2_dp2": (4, {"pp_size": 2, "pipeline_layers": [1, 3]}, {}, {}),
+    "uneven_pp2": (2, {"pp_size": 2, "pipeline_layers": [1, 3]}, {}, {}),
+    "tied_pp2": (2, {"pp_size": 2}, {}, {}),
+    "pp2_dp2": (4, {"pp_size": 2}, {}, {}),
     "async_tp2": (2, {"tp_size": 2}, {}, {"async_save": True}),
     "gather_dp2": (2, {"overlap_param_gather": True}, {}, {}),
 }
@@ -160,7 +173,8 @@ RESUMES = {
 @pytest.mark.parametrize("case", RESUMES)
 def test_killed_and_resumed_is_bit_equal(case: str, make_config) -> None:
     world_size, parallel, training, checkpoint = RESUMES[case]
-    options = dict(parallel=parallel, training=training, checkpoint={"save_interval": 5} | checkpoint)
+    tied = case.startswith("tied")
+    options = dict(parallel=parallel, training=training, checkpoint={"save_interval": 5} | checkpoint, tie_embeddings=tied)
     whole, killed = make_config("whole", **options), make_config("killed", **options)
     run_ranks(run_training, world_size, whole)
     with pytest.raises(RankError, match="exit code -9"):
@@ -176,10 +190,10 @@ def test_killed_and_resumed_is_bit_equal(case: str, make_config) -> None:
 
 @pytest.mark.end_to_end
 def test_resume_on_other_layouts_and_every_sample_once(make_config) -> None:
-    """Five steps on ulysses 2 x ring 2 with a bad sample, killed, then on tp 2, cp 1 and dp 2: same losses, each epoch's samples once."""
+    """Five steps on ulysses 2 x ring 2 and a bad sample, killed; on tp 2, cp 1, dp 2, pp 2: same losses, each sample once an epoch."""
     dataset = make_config.datasets["train"]
     dataset.broken.add(dataset.medium_of(6))
-    start = dict(parallel={"ulysses_size": 2, "ring_size": 2}, checkpoint={"save_interval": 5})
+    start = dict(parallel={"ulysses_size": 2, "ring_size": 2}, checkpoint={"save_interval": 5}, tie_embeddings=True)
     whole = make_config("whole", **start)
     run_ranks(run_training, 4, whole)
     per_epoch = Counter(f"sample-{number}" for number in range(len(SHAPES)))
@@ -191,8 +205,8 @@ def test_resume_on_other_layouts_and_every_sample_once(make_config) -> None:
         assert all(seen[name] <= 1 for name in per_epoch)
     assert sum(map(len, rows)) > len(SHAPES)  # more than an epoch
     assert read(whole)[-1]["skipped_samples"] == 1
-    for world_size, parallel in ((2, {"tp_size": 2}), (1, {}), (2, {})):
-        config = make_config(f"continued{world_size}{len(parallel)}", **start)
+    for world_size, parallel in ((2, {"tp_size": 2}), (1, {}), (2, {}), (2, {"pp_size": 2})):
+        config = make_config(f"continued{world_size}{''.join(parallel)}", **start)
         with pytest.raises(RankError, match="exit code -9"):
             run_ranks(run_training, 4, config, kill_rank_one)
         before = read(config)[:5]
@@ -201,6 +215,20 @@ def test_resume_on_other_layouts_and_every_sample_once(make_config) -> None:
         assert losses(config) == pytest.approx(losses(whole), rel=1e-5)
         assert [line["sample_ids"] for line in read(config)] == [line["sample_ids"] for line in read(whole)]
         assert read(config)[-1]["skipped_samples"] == 1
+
+
+def test_epochs_decide_the_steps(make_config) -> None:
+    """Two epochs: the last step is filled with rows without samples, and every sample is seen twice."""
+    config = make_config(steps=0, training={"epochs": 2}, global_batch_size=4)
+    config = replace(config, optimizer=replace(config.optimizer, warmup_steps=1))
+    run_ranks(run_training, 2, config)
+    rows = [row for line in read(config) for row in line["sample_ids"]]
+    assert Counter(name for row in rows for name in row) == Counter({f"sample-{number}": 2 for number in range(len(SHAPES))})
+    assert len(rows) % 4 == 0 and rows[-1] == []
+    thinned = replace(config, output_dir=config.output_dir + "-thinned", logging=replace(config.logging, interval=3))
+    run_ranks(run_training, 2, thinned)
+    kept = [line for line in read(config) if line["step"] % 3 == 0 or line["step"] == len(rows) // 4]
+    assert [(line["step"], line["loss"]) for line in read(thinned)] == [(line["step"], line["loss"]) for line in kept]
 
 
 def signal_rank_one(rank: int, number: int, run) -> None:
