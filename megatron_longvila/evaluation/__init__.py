@@ -1,0 +1,1 @@
+"""How well a trained model answers, measured on held-out data."""
