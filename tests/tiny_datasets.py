@@ -15,6 +15,10 @@ from megatron_longvila.data.shards import Media, Sample
 
 SIZE = 4  # pixels; with patches of 2 and the 2 x 2 merge a frame is one visual token
 
+# Videos of several lengths (the rule takes at most 6 frames), images, two media in one sample, text alone.
+SHAPES = [[3], [9], [], [0], [6, 0], [2], [], [1], [4], [0, 0], [12], [5]]
+FRAMES = [3, 6, 0, 1, 7, 2, 0, 1, 4, 2, 6, 5]  # what the rule takes of each sample
+
 
 def colour(medium: int, frame: int) -> tuple[int, int, int]:
     """The colour of a frame; no two frames of a test share one, and none is black."""
@@ -34,7 +38,8 @@ class TinyDataset:
         self.path = path
         self.samples: list[Sample] = []
         self.media: dict[str, Media] = {}
-        self.broken: set[str] = set()
+        self.broken: set[str] = set()  # media that cannot be read
+        self.bad_frames: set[tuple[str, int]] = set()  # frames of a medium that do not decode
         self.reads: Counter = Counter()
         for number, frames in enumerate(shapes):
             names = []
@@ -60,7 +65,8 @@ class TinyDataset:
         if media.sha256 in self.broken:
             raise MediaError("is broken on purpose")
         medium = int(media.sha256, 16)
-        frames = [png(colour(medium, frame)) for frame in range(media.num_frames)]
+        good = [png(colour(medium, frame)) for frame in range(media.num_frames)]
+        frames = [b"no picture" if (media.sha256, number) in self.bad_frames else frame for number, frame in enumerate(good)]
         return frames[0] if media.kind == "image" else frames
 
 

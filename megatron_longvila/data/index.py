@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -157,9 +156,9 @@ class LengthCache:
             with contextlib.suppress(OSError):
                 if path != self._paths[0]:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-                    file.write(data)
-                os.replace(file.name, path)  # readers see the whole file or none
+                partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+                partial.write_bytes(data)
+                os.replace(partial, path)  # readers see the whole file or none
                 return path
         return None
 

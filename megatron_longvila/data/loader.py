@@ -311,11 +311,9 @@ class Loader:
         status[place.dp_rank :: place.dp_size] = statuses
         joint = _reduce_max(torch.from_numpy(np.concatenate(status)), place.dp, self._device).tolist()
         writers = {number: value - 1 for number, value in zip(np.concatenate(numbers).tolist(), joint, strict=True) if value}
-        new = writers.keys() - self.skipped.keys()  # a thread may have met a known one before the list reached it
-        if not new:
-            return
-        seen = {one.row.numbers[at]: reason for one in prepared for at, reason in one.reasons.items()}
-        self._bad.add_failed(_gather_dicts({number: seen[number] for number in sorted(new) if writers[number] == place.rank}, place))
+        if writers:  # the same on all ranks, so all of them gather or none
+            seen = {one.row.numbers[at]: reason for one in prepared for at, reason in one.reasons.items()}
+            self._bad.add_failed(_gather_dicts({number: seen[number] for number, rank in writers.items() if rank == place.rank}, place))
 
 
 def _measure(index: SampleIndex, cache: LengthCache, place: Place) -> tuple[np.ndarray, dict[int, str]]:
