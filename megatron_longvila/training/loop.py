@@ -146,14 +146,14 @@ def fit(run: Run, stop: StopSignal) -> None:
             pace.recent_s.append(time.perf_counter() - start)
             report(run, log, pace, number, batch, {"lr": lr, "waited_s": waited} | result)
             last = number == run.total_steps
-            if run.evaluation is not None and (last or (evaluation_interval and number % evaluation_interval == 0)):
-                record_evaluation(run, number, evaluate(run))
             if (last and config.checkpoint.save_at_end) or result["stop"] or (interval and number % interval == 0):
                 with whole_parameters(run.model):
                     run.checkpoints.save(run.state, number)
             run.checkpoints.poll()
-            if result["stop"] and not last:
+            if result["stop"] and not last:  # at once: whoever sent the signal will not wait for an evaluation
                 break
+            if run.evaluation is not None and (last or (evaluation_interval and number % evaluation_interval == 0)):
+                record_evaluation(run, number, evaluate(run))
     run.checkpoints.wait()
     if dist.get_rank() == 0:
         finish(run, log, number if run.first_step < run.total_steps else run.total_steps)

@@ -55,7 +55,7 @@ def token_losses(model, hidden_T1D: Tensor, labels_T: Tensor, config: Config) ->
     # More than one chunk: the logits of a chunk (chunk_rows x V / tp in fp32) are dropped after its forward and made again in
     # backward. Non-reentrant, so that the weight's gradient hook fires once and not once per chunk.
     losses = [
-        checkpoint(_chunk_losses, model, hidden_c1D, labels_c, config, use_reentrant=False)
+        checkpoint(_chunk_losses, model, hidden_c1D, labels_c, config, use_reentrant=False, preserve_rng_state=False)
         for hidden_c1D, labels_c in zip(hidden_L1D.split(chunk_rows), labels_L.split(chunk_rows), strict=True)
     ]
     return torch.cat(losses), weight_L

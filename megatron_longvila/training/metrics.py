@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,12 @@ class MetricsLog:
             self._board = writer.SummaryWriter(str(run_dir / "tensorboard"))
         if config.logging.wandb_project:
             wandb = _require("wandb", "wandb", '--logging.wandb_project ""')
-            self._run = wandb.init(project=config.logging.wandb_project, dir=str(run_dir), id=run_dir.name, resume="allow")
+            id_path = run_dir / "wandb_id"
+            if not id_path.exists():  # a resumed run goes on in the same W&B run
+                id_path.write_text(uuid.uuid4().hex[:8])
+            self._run = wandb.init(
+                project=config.logging.wandb_project, name=run_dir.name, dir=str(run_dir), id=id_path.read_text(), resume="allow"
+            )
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; `values["step"]` is the step."""

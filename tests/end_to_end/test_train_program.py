@@ -55,17 +55,23 @@ def command(data: Path, output: Path, num_ranks: int, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
+def send_signal(line: list[str], output: Path, number: int, after_step: int) -> tuple[int, str]:
+    """Start a training command and send a signal to rank 0 after a step; returns the exit code and the output."""
+    with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        beat, deadline = output / "heartbeat.json", time.monotonic() + 120
+        while not (beat.exists() and json.loads(beat.read_text())["step"] >= after_step):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.02)
+        os.kill(json.loads(beat.read_text())["pid"], number)
+        text = process.communicate(timeout=120)[0]
+    return process.returncode, text
+
+
 def test_signal_then_the_same_command_again(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     line = command(data, output, 2, "--parallel.ulysses_size", "2")
-    with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        beat, deadline = output / "heartbeat.json", time.monotonic() + 120
-        while not (beat.exists() and json.loads(beat.read_text())["step"] >= 2):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-            time.sleep(0.05)
-        os.kill(json.loads(beat.read_text())["pid"], signal.SIGUSR1)
-        text = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, text
+    returncode, text = send_signal(line, output, signal.SIGUSR1, after_step=2)
+    assert returncode == 0, text
     stopped = json.loads((output / "interrupted").read_text())["step"]
     assert 2 <= stopped < 30 and f"stopped by a signal after step {stopped}" in text
     assert (output / "checkpoints" / "latest").read_text() == f"step_{stopped:07d}\n"
@@ -76,6 +82,19 @@ def test_signal_then_the_same_command_again(data: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_killed_rank_takes_the_job_down(data: Path, tmp_path: Path) -> None:
+    """The other rank does not hang, torchrun fails, and the same command goes on from the last checkpoint."""
+    output = tmp_path / "run"
+    line = command(data, output, 2, "--checkpoint.save_interval", "3", "--checkpoint.async_save", "true")
+    returncode, text = send_signal(line, output, signal.SIGKILL, after_step=8)
+    assert returncode != 0 and "Signal 9 (SIGKILL)" in text and not (output / "interrupted").exists()
+    text = run(line)
+    resumed = int(text.split("resumed from ")[1].split("step_")[1][:7])
+    assert resumed % 3 == 0 and resumed >= 3 and "finished after step 30" in text
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
 
 
 def test_plain_python_is_one_rank(data: Path, tmp_path: Path) -> None:
