@@ -46,6 +46,11 @@ class SampleIndex:
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    @property
+    def newline_ids(self) -> tuple[int, ...]:
+        """Text tokens that follow each frame."""
+        return self._tokenizer.newline_ids
+
     def locate(self, number: int) -> tuple[Dataset, Sample]:
         """The folder that sample `number` comes from, and the sample as it was preprocessed."""
         place = int(np.searchsorted(self._first, number, side="right")) - 1

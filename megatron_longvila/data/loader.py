@@ -180,6 +180,7 @@ class Loader:
             "epoch": self.epoch,
             "rows_consumed": self.position,
             "data": self._index.components(),
+            "newline_token_ids": list(self._index.newline_ids),
             "skipped": {str(number): reason for number, reason in sorted(self.skipped.items())},
         }
 

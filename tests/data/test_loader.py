@@ -133,7 +133,7 @@ def test_resume_at_every_row_equals_going_on(tokenizer, limit):
             next(iterator)
         state = json.loads(json.dumps(first.state_dict()))
         iterator.close()
-        assert state["rows_consumed"] == stop
+        assert state["rows_consumed"] == stop and state["newline_token_ids"] == list(tokenizer.newline_ids)
         second = make(tokenizer, global_batch_size=1, num_workers=stop % 3, **limit)
         second.load_state_dict(state)
         rest = steps_of(second, len(whole) - stop)
