@@ -31,7 +31,7 @@ COMMON_FLAGS = (
     "--config", "examples/models/qwen2_1.5b_siglip_384.yaml", "--model.llm.rotary_base", "1000000",
     "--data.template", "plain", "--data.context_length", "8192", "--data.global_batch_size", "4", "--data.video.num_frames", "32",
     "--training.precision", "bf16", "--training.recompute_vision", "true", "--data.num_workers", "4",
-    "--optimizer.lr", "1e-4", "--optimizer.warmup_steps", "10", "--checkpoint.save_at_end", "false",
+    "--optimizer.lr", "2e-5", "--optimizer.warmup_steps", "10", "--checkpoint.save_at_end", "false",
 )  # fmt: skip
 
 
