@@ -184,12 +184,14 @@ def summarise(arguments: argparse.Namespace, names: list[str]) -> dict:
         }
     if BASELINE in runs:
         for run in runs.values():
-            run["largest_difference"] = max(abs(a - b) for a, b in zip(run["loss"], runs[BASELINE]["loss"], strict=True))
+            differences = [abs(a - b) for a, b in zip(run["loss"], runs[BASELINE]["loss"], strict=True)]
+            run["largest_difference"], run["median_difference"] = max(differences), statistics.median(differences)
     return {
         "hardware": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or [platform.processor() or "CPU"],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
         "command": shlex.join(["python", *sys.argv]),
         "steps": arguments.steps,
+        "common_flags": list(COMMON_FLAGS),
         "runs": runs,
     }
 
