@@ -53,9 +53,16 @@ class SampleIndex:
 
     def locate(self, number: int) -> tuple[Dataset, Sample]:
         """The folder that sample `number` comes from, and the sample as it was preprocessed."""
-        place = int(np.searchsorted(self._first, number, side="right")) - 1
+        place = self._place(number)
         dataset = self._datasets[place]
         return dataset, dataset.samples[number - int(self._first[place])]
+
+    def line(self, number: int) -> int:
+        """Line of sample `number` in the samples.jsonl of its folder, from 1."""
+        return number - int(self._first[self._place(number)]) + 1
+
+    def _place(self, number: int) -> int:
+        return int(np.searchsorted(self._first, number, side="right")) - 1
 
     def selected_frames(self, media: Media) -> list[int]:
         """Frames of a medium that a sample shows, by the configured rule; an image has one."""

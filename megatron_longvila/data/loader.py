@@ -129,7 +129,7 @@ class Loader:
         self._index = SampleIndex(
             datasets, tokenizer, config.data, tokens_per_frame=config.model.tokens_per_frame, vocab_size=config.model.llm.vocab_size
         )
-        self._bad = BadSamples(self._index, config.data, report_path if place.rank == 0 else None)
+        self._bad = BadSamples(self._index, config.data, report_path, writes=place.rank == 0)
         lengths, reasons = _measure(self._index, LengthCache(self._index, datasets[0].path, cache_dir), place)
         too_long = self._index.too_long(lengths)
         lengths[list(too_long)] = UNUSABLE

@@ -93,7 +93,7 @@ class RowSchedule:
 
     def __init__(self, lengths: np.ndarray, context_length: int, *, seed: int | None, epochs: int | None = None):
         if not (lengths > 0).any():
-            raise ValueError(f"none of the {len(lengths)} samples can be used; see the data report for the reasons")
+            raise ValueError(f"none of the {len(lengths)} samples can be used; their reasons are in data_report.jsonl in the run directory")
         self._lengths, self._context_length, self._seed = lengths, context_length, seed
         self._num_epochs = epochs
         self._first_row = [0]  # of epoch 0, 1, ...: as many as were asked for so far

@@ -15,15 +15,17 @@ class BadSamples:
     """The skipped samples of one loader.
 
     Args:
-        path: JSON lines {"key": number in the index, "id", "reason"}; a sample stands there once, also across resumes. None: no file.
+        path: JSON lines {"key": line of the dataset, "id", "dataset": its folder, "reason"}; a sample stands there once, also across
+            resumes, and several loaders may share the file. None: no file.
+        writes: this rank writes the file; the others only know where it is.
 
     Attributes:
         unusable: reasons of the samples no row holds, because their text cannot be encoded or does not fit.
         failed: reasons of the samples whose media could not be read; they keep their place without labels.
     """
 
-    def __init__(self, index: SampleIndex, config: DataConfig, path: Path | None):
-        self._index, self._config, self._path = index, config, path
+    def __init__(self, index: SampleIndex, config: DataConfig, path: Path | None, *, writes: bool = True):
+        self._index, self._config, self._path, self._writes = index, config, path, writes
         self.unusable: dict[int, str] = {}
         self.failed: dict[int, str] = {}
 
@@ -57,21 +59,24 @@ class BadSamples:
             )
 
     def _describe(self, reasons: dict[int, str]) -> str:
-        shown = [f"{self._id(number)}: {reason}" for number, reason in list(reasons.items())[:3]]
-        return "; ".join(shown) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-
-    def _id(self, number: int) -> str:
-        return self._index.locate(number)[1].id
+        shown = [f"{self._index.locate(number)[1].id}: {reason}" for number, reason in list(reasons.items())[:3]]
+        more = f"and {len(reasons) - 3} more" + (f" in {self._path}" if self._path is not None else "")
+        return "; ".join(shown + [more] * (len(reasons) > 3))
 
     def _write(self, reasons: dict[int, str]) -> None:
         """Add the new ones to the report and put the whole file in place at once."""
-        if self._path is None or not reasons:
+        if self._path is None or not self._writes or not reasons:
             return
-        records = {number: {"key": number, "id": self._id(number), "reason": reason} for number, reason in reasons.items()}
+        records = []
         with contextlib.suppress(FileNotFoundError):  # the first bad sample of this folder
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            records |= {record["key"]: record for record in map(json.loads, lines)}  # the first reason stays
+            records = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        known = {(record["dataset"], record["key"]) for record in records}  # the first reason stays
+        for number, reason in reasons.items():
+            dataset, sample = self._index.locate(number)
+            record = {"key": f"samples.jsonl:{self._index.line(number)}", "id": sample.id, "dataset": str(dataset.path), "reason": reason}
+            if (record["dataset"], record["key"]) not in known:
+                records.append(record)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for _, record in sorted(records.items())), encoding="utf-8")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         os.replace(partial, self._path)

@@ -117,12 +117,14 @@ def build_run(config: Config) -> Run:
 
     tokenizer = load_tokenizer(config.data.tokenizer)
     place = Place.of(groups, sequence_parallel=config.parallel.sequence_parallel)
-    open_loader = partial(Loader, config, place, tokenizer=tokenizer, cache_dir=folder / "cache")
-    loader = open_loader([open_dataset(path) for path in config.data.train], report_path=folder / "skipped.jsonl")
+    open_loader = partial(
+        Loader, config, place, tokenizer=tokenizer, cache_dir=folder / "cache", report_path=folder / "data_report.jsonl"
+    )
+    loader = open_loader([open_dataset(path) for path in config.data.train])
     evaluation = None
     if config.data.evaluation:
         held_out = [open_dataset(path) for path in config.data.evaluation]
-        evaluation = open_loader(held_out, evaluation=True, report_path=folder / "skipped_evaluation.jsonl")
+        evaluation = open_loader(held_out, evaluation=True)
 
     scheduler = build_scheduler(optimizer, config, loader.num_steps)
     state = TrainingState(model, optimizer, scheduler, loader)

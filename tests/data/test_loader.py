@@ -195,7 +195,7 @@ def test_failed_sample_is_masked_counted_once_and_stays_skipped(tokenizer, tmp_p
     assert seen == 3 and list(loader.skipped) == [4]
     assert dataset.reads[dataset.medium_of(4, 1)] == 1  # not tried again in later epochs
     (line,) = map(json.loads, report.read_text().splitlines())
-    assert line["key"] == 4 and line["id"] == "sample-4" and "broken on purpose" in line["reason"]
+    assert line["key"] == "samples.jsonl:5" and line["id"] == "sample-4" and "broken on purpose" in line["reason"]
 
     # A resumed run reads the same rows even if the file is whole again.
     resumed = make(tokenizer, dataset=TinyDataset(SHAPES), epochs=3, loader={"report_path": report})
@@ -244,8 +244,19 @@ def test_sample_that_does_not_fit_is_left_out_and_reported(tokenizer, tmp_path):
     loader = make(tokenizer, dataset=dataset, epochs=1, loader={"report_path": report})
     assert Counter(i for step in ids_of(steps_of(loader)) for i in step) == Counter(f"sample-{n}" for n in range(12) if n not in (2, 6))
     assert list(loader.unusable) == [2, 6] and loader.skipped == {}
-    reasons = {record["key"]: record["reason"] for record in map(json.loads, report.read_text().splitlines())}
-    assert "tokens, more than data.context_length=64" in reasons[2] and "turn 0 must be" in reasons[6]
+    first, second = map(json.loads, report.read_text().splitlines())
+    assert (first["key"], first["id"], first["dataset"]) == ("samples.jsonl:3", "sample-2", str(dataset.path))
+    assert "tokens, more than data.context_length=64" in first["reason"] and "turn 0 must be" in second["reason"]
+
+    # The held-out set shares the file; a sample of another folder with the same line is another sample.
+    held_out = TinyDataset([[1], [1], []], tmp_path / "held_out")
+    held_out.samples[2] = replace(held_out.samples[2], conversations=(long, held_out.samples[2].conversations[1]))
+    for _ in range(2):
+        make(tokenizer, dataset=held_out, loader={"report_path": report, "evaluation": True})
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert lines[:2] == [first, second] and [(line["key"], line["dataset"]) for line in lines[2:]] == [
+        ("samples.jsonl:3", str(tmp_path / "held_out"))
+    ]
 
 
 def test_lengths_are_cached_beside_the_index(tokenizer, tmp_path, monkeypatch):

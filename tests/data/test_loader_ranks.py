@@ -58,7 +58,8 @@ def test_ranks_agree(sentencepiece_file, tmp_path, sizes):
     assert sum(one["decoded"] for one in seen) == alone.frames_decoded == 2 * (sum(FRAMES) - FRAMES[10])
     assert all(one["decoded"] == 0 for one in seen if one["tp"] or one["pp"])
     assert all(one["state"] == alone.state_dict() for one in seen) and list(alone.state_dict()["skipped"]) == ["10"]
-    assert [record["key"] for record in map(json.loads, (tmp_path / "report.jsonl").read_text().splitlines())] == [10]
+    (record,) = map(json.loads, (tmp_path / "report.jsonl").read_text().splitlines())
+    assert (record["key"], record["id"], record["dataset"]) == ("samples.jsonl:11", "sample-10", str(tmp_path / "dataset"))
 
     dp_size = max(one["dp"] for one in seen) + 1
     for number, step in enumerate(reference):
