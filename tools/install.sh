@@ -18,7 +18,7 @@ install() { # EXTRAS, as in "dev,hf"
   fi
 
   # A second call costs nothing while the requirements stay the same.
-  stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/.megatron-longvila
+  stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/.megatron-longvila${1:+-${1//,/-}}
   wanted="${TORCH_REQUIREMENT:-torch==$TORCH_VERSION} [$1] $(cksum <"$root/setup.py") $root"
   [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
 
