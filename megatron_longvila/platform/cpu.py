@@ -5,18 +5,25 @@ Three parts, each inactive when CUDA exists:
   literals  a TorchFunctionMode turns device="cuda" into "cpu", Tensor.cuda() into the tensor itself, and Tensor.type() into the
             "torch.cuda.X" strings that megatron's optimizer asserts on
   rng       megatron's named random streams live on the CPU generator
+
+Torch's warning about `.grad` of a tensor that is no leaf would name this file, whoever reads it: it is given again for the reader's line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import re
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+NON_LEAF_GRAD = "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed"
+_GET_GRAD = torch.Tensor.grad.__get__
 
 
 class CudaToCpu(TorchFunctionMode):
@@ -25,6 +32,8 @@ class CudaToCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
+        if func == _GET_GRAD and not (args[0].is_leaf or args[0].retains_grad):
+            warnings.warn(f"{NON_LEAF_GRAD}; use .retain_grad() on it, or the leaf it was made from", stacklevel=2)
         if kwargs and isinstance(kwargs.get("device"), str) and kwargs["device"].startswith("cuda"):
             kwargs = {**kwargs, "device": "cpu"}
         out = func(*args, **(kwargs or {}))
@@ -40,6 +49,7 @@ def activate() -> bool:
         return False
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda device=None: None
+    warnings.filterwarnings("ignore", message=re.escape(NON_LEAF_GRAD), module=re.escape(__name__))
     CudaToCpu().__enter__()
     return True
 

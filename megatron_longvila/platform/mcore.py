@@ -9,8 +9,11 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import re
 import warnings
 from typing import Any
+
+import torch
 
 from megatron_longvila.platform import cpu
 
@@ -38,7 +41,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=r"(Transformer Engine and Apex are|Apex is|absl\.logging is) not installed")
     import megatron.core.dist_checkpointing
     import megatron.core.distributed
-    import megatron.core.models.gpt
+    import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.optimizer as _optimizer
     import megatron.core.optimizer.distrib_optimizer as _distrib_optimizer
     import megatron.core.pipeline_parallel  # noqa: F401
@@ -46,7 +49,20 @@ with warnings.catch_warnings():
 
 from megatron_longvila.platform import mcore_fixes  # noqa: E402  (megatron must have been imported quietly)
 
+
+def _rename_collectives() -> None:
+    """Megatron looks up two collectives of torch by names that torch 2.13 deprecates with a warning; it gets the same ones by new names."""
+    users = "distributed.param_and_grad_buffer", "tensor_parallel.layers", "tensor_parallel.mappings", "tensor_parallel.utils", "utils"
+    for namespace in (vars(importlib.import_module(f"megatron.core.{user}")) for user in users):
+        for held, name in (("dist_all_gather_func", "all_gather_single"), ("dist_reduce_scatter_func", "reduce_scatter_single")):
+            if held in namespace and hasattr(torch.distributed, name):
+                namespace[held] = getattr(torch.distributed, name)
+
+
 cpu.use_cpu_rng(_random)
+_rename_collectives()
+# In fp32 megatron's optimizer steps on views of the parameters, whose .grad it sets itself: torch takes reading it for a mistake.
+warnings.filterwarnings("ignore", message=re.escape(cpu.NON_LEAF_GRAD), module=r"megatron\.core\.optimizer\b|torch\.optim\b")
 mcore_fixes.apply()
 logging.getLogger("megatron.core").setLevel(logging.WARNING)
 

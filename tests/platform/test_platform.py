@@ -194,3 +194,24 @@ def test_the_import_is_quiet():
 
     done = subprocess.run([sys.executable, "-c", "import megatron_longvila.platform.mcore"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@cpu_only
+def test_a_warning_about_grad_names_the_line_that_reads_it():
+    """Megatron's own reads of views' .grad are silent; anybody else's still warn, once, and not as if the shim had read it."""
+    import subprocess
+    import sys
+
+    lines = [
+        "from megatron_longvila.platform import mcore",
+        "import torch",
+        "from megatron.core.optimizer.optimizer import _zero_grad_group_helper",
+        "leaf = torch.ones(2, requires_grad=True)",
+        "view = leaf[:1]",
+        "_zero_grad_group_helper([view, leaf], set_to_none=True)",
+        "assert leaf.grad is None",
+        "view.grad",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"<string>:{len(lines)}: UserWarning: The .grad attribute") and done.stderr.count("Warning") == 1
