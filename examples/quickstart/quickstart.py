@@ -212,8 +212,8 @@ def say(out: Path, summary: dict[str, Any], shown: dict[str, Any]) -> None:
     example = summary["example"]
     print(
         f"\n== Done in {summary['total_seconds']:.0f} s, with at most {summary['memory_gib']:.1f} GiB of memory\n"
-        f"Made {train + heldout} H.264 videos and trained a tiny LongVILA on {train} of them, on {NUM_RANKS} ranks that share each sequence\n"
-        f"(ulysses 2 x ring 2); stopped it by a signal after step {summary['stopped_at_step']} and resumed it.\n\n"
+        f"Made {train + heldout} H.264 videos and trained a tiny LongVILA on {train} of them, on {NUM_RANKS} ranks that share each\n"
+        f"sequence (ulysses 2 x ring 2); stopped it by a signal after step {summary['stopped_at_step']} and resumed it.\n\n"
         f"{shown['num_questions']} questions about the other {heldout} videos\n"
         f"  answered right:                   {shown['accuracy']:.1%} (99% interval {shown['low']:.1%} to {shown['high']:.1%})\n"
         f"  the same model, black frames:     {summary['blank_accuracy']:.1%}\n"

@@ -127,7 +127,8 @@ def score_answers(
     by_row: dict[int, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
         by_row[prediction.row].append(prediction)
-    answers, skipped = [], []
+    answers: dict[int, list[Answer]] = {}  # rows are packed: their samples are not in the order of the index
+    skipped: dict[int, str] = {}
     for row in range(loader.num_rows):
         numbers = loader.schedule.row(row).tolist()
         encoded = [index.encode(number) for number in numbers]
@@ -140,10 +141,10 @@ def score_answers(
             source = index.locate(number)[1]
             sample_tokens_L = tokens_L[start : start + len(sample)]
             if (sample_tokens_L == IGNORE_INDEX).all():
-                skipped.append(source.id)
+                skipped[number] = source.id
             else:
-                answers += _compare(source.id, source.conversations, sample.labels_L, sample_tokens_L, tokenizer)
-    return answers, skipped
+                answers[number] = _compare(source.id, source.conversations, sample.labels_L, sample_tokens_L, tokenizer)
+    return [answer for number in sorted(answers) for answer in answers[number]], [skipped[number] for number in sorted(skipped)]
 
 
 def _compare(
@@ -199,4 +200,4 @@ def wilson_interval(successes: int, trials: int, z: float = Z_99) -> tuple[float
     rate = successes / trials
     centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))  # at 0 and 1 rounding could pass the rate itself
