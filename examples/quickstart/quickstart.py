@@ -23,7 +23,7 @@ import psutil
 import yaml
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
-CONFIGS = (ROOT / "examples/models/tiny.yaml", HERE / "train.yaml")
+MODEL = ROOT / "examples/models/tiny.yaml"
 NUM_RANKS = 4
 MIN_QUESTIONS = 60
 STOP_AT = 0.4  # of the steps: where the signal is sent
@@ -90,8 +90,8 @@ def run(*command: object) -> None:
 
 
 def environment() -> dict[str, str]:
-    """One thread per rank: four ranks share the cores already."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    """One thread per rank, because four ranks share the cores already."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def make_data(out: Path) -> None:
@@ -101,22 +101,19 @@ def make_data(out: Path) -> None:
         run(*tool, "--media_root", out / "data/videos", "--output", out / f"data/{split}")
 
 
-def train_command(out: Path) -> list[str]:
+def train_command(out: Path, train_config: Path) -> list[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(NUM_RANKS)]
-    files = [word for path in CONFIGS for word in ("--config", str(path))]
+    files = ["--config", str(MODEL), "--config", str(train_config), "--output_dir", str(out / "run")]
     data = ["--data.train", f"[{out}/data/train]", "--data.evaluation", f"[{out}/data/heldout]"]
-    return [
-        *(*launch, "-m", "megatron_longvila.train", *files, "--output_dir", str(out / "run")),
-        *(*data, "--data.tokenizer", f"{out}/data/tokenizer.model"),
-    ]
+    return [*launch, "-m", "megatron_longvila.train", *files, *data, "--data.tokenizer", f"{out}/data/tokenizer.model"]
 
 
-def train_and_stop(out: Path, stop_step: int) -> None:
+def train_and_stop(out: Path, command: list[str], stop_step: int) -> None:
     """Start training, ask one rank to stop after `stop_step` as a scheduler would, and check that the run saved itself and left a mark."""
-    print("$", *train_command(out), flush=True)
+    print("$", *command, flush=True)
     beat = out / "run" / "heartbeat.json"
     beat.unlink(missing_ok=True)
-    with subprocess.Popen(train_command(out), env=environment(), cwd=ROOT) as process:
+    with subprocess.Popen(command, env=environment(), cwd=ROOT) as process:
         while process.poll() is None and not (beat.exists() and json.loads(beat.read_text())["step"] >= stop_step):
             time.sleep(0.1)
         if process.poll() is None:
@@ -143,8 +140,10 @@ def draw_contact_sheet(out: Path, num_videos: int = 6) -> Path:
 
     dataset, config = open_dataset(out / "data/heldout"), load(out / "run/config.yaml")
     answers = json.loads((out / "answers.json").read_text())["shown"]["answers"]
-    figure = Figure(figsize=(13, 1.75 * num_videos))
-    axes = figure.subplots(num_videos, config.data.video.num_frames + 3)
+    num_frames = config.data.video.num_frames
+    figure = Figure(figsize=(1.3 * num_frames + 3.5, 1.35 * num_videos + 0.4))
+    axes = figure.subplots(num_videos, num_frames + 1, width_ratios=[1] * num_frames + [2.7])
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.94, bottom=0.01, wspace=0.04, hspace=0.05)
     for row, sample in zip(axes, dataset.samples, strict=False):
         media = dataset.media[sample.media[0]]
         indices = select_frames(media.num_frames, media.duration_s, config.data.video)
@@ -163,9 +162,8 @@ def draw_contact_sheet(out: Path, num_videos: int = 6) -> Path:
         for line, answer in enumerate(one for one in answers if one["sample_id"] == sample.id):
             verdict = "" if answer["correct"] else f"  (it is: {answer['expected']})"
             text = f"{answer['question']}\n  {answer['predicted']}{verdict}"
-            row[len(frames)].text(0, 0.85 - 0.4 * line, text, fontsize=8, color="black" if answer["correct"] else "red")
+            row[num_frames].text(0.05, 0.72 - 0.32 * line, text, fontsize=8, color="black" if answer["correct"] else "red")
     figure.suptitle("Held-out videos: the frames the model sees, questions, and its answers (wrong ones in red)")
-    figure.tight_layout()
     figure.savefig(out / "contact_sheet.png", dpi=100)
     return out / "contact_sheet.png"
 
@@ -227,6 +225,7 @@ def say(out: Path, summary: dict[str, Any], shown: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs/quickstart", help="everything goes here [%(default)s]")
+    parser.add_argument("--train_config", type=Path, default=HERE / "train.yaml", help="laid over the tiny model [%(default)s]")
     parser.add_argument("--restart", action="store_true", help="remove what an earlier run left in output_dir first")
     arguments = parser.parse_args(argv)
     out = arguments.output_dir.resolve()
@@ -234,15 +233,16 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     progress = Progress(out / "progress.json")
-    steps = yaml.safe_load(CONFIGS[1].read_text())["training"]["steps"]
+    steps = yaml.safe_load(arguments.train_config.read_text())["training"]["steps"]
+    command = train_command(out, arguments.train_config.resolve())
 
     def first_half() -> None:
-        train_and_stop(out, int(STOP_AT * steps))
+        train_and_stop(out, command, int(STOP_AT * steps))
         progress.facts["stopped_at_step"] = json.loads((out / "run/interrupted").read_text())["step"]
 
     progress.run("data", "Videos, questions and a tokenizer", lambda: make_data(out))
     progress.run("train", f"Training on {NUM_RANKS} ranks, to be stopped by a signal", first_half)
-    progress.run("resume", "The same command again: training goes on", lambda: run(*train_command(out)))
+    progress.run("resume", "The same command again: training goes on", lambda: run(*command))
     progress.run("evaluate", "Questions about videos it has not seen", lambda: evaluate(out))
     progress.run("draw", "Contact sheet", lambda: print(draw_contact_sheet(out)))
     problems = report(out, progress)
