@@ -1,0 +1,46 @@
+"""The command lines as a user types them: own processes, real files, and a time limit, because bad input must never hang a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(*words: object, timeout_s: float = 240) -> tuple[int, str]:
+    """Run a command to its end; returns its exit code and all it wrote. Past the limit it and its ranks are killed: TimeoutExpired."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        list(map(str, words)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            text = process.communicate(timeout=timeout_s)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, text
+
+
+def preprocess(rows: Path, media_root: Path, output: Path, *flags: object) -> tuple[int, str]:
+    """tools/preprocess_video.py"""
+    paths = ["--input", rows, "--media_root", media_root, "--output", output]
+    return start(sys.executable, ROOT / "tools" / "preprocess_video.py", *paths, "--num_workers", 1, *flags)
+
+
+def train(output: Path, datasets: list[Path], tokenizer: Path, *flags: object, num_ranks: int = 2) -> tuple[int, str]:
+    """One epoch of megatron_longvila.train with the tiny model; flags override."""
+    return start(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_ranks,
+        "-m", "megatron_longvila.train", "--config", ROOT / "examples" / "models" / "tiny.yaml", "--output_dir", output,
+        "--data.train", json.dumps(list(map(str, datasets))), "--data.tokenizer", tokenizer, "--data.template", "plain",
+        "--model.llm.vocab_size", 448, "--data.context_length", 128, "--data.global_batch_size", 2, "--logging.sample_ids", "true",
+        "--checkpoint.save_at_end", "false", "--parallel.timeout_s", 60, *flags,
+    )  # fmt: skip
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
