@@ -130,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         check_device(config)
         result = evaluate(config, arguments.data, blank_frames=arguments.blank_frames)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice per host: the other ranks saw the same
+            print(f"error: {error}", file=sys.stderr)
         return 1
     if result:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
