@@ -26,7 +26,7 @@ install() { # EXTRAS, as in "dev,hf"
   if [ -n "${TORCH_REQUIREMENT:-}" ] || ! "$PYTHON" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
     "$PYTHON" -m pip install "${TORCH_REQUIREMENT:-torch==$TORCH_VERSION}"
   fi # else: the environment's own torch stays; pip replaces it below if it is outside the tested range
-  "$PYTHON" -m pip install --editable "$root[$1]"
+  "$PYTHON" -m pip install --editable "$root${1:+[$1]}"
   echo "$wanted" >"$stamp"
 }
 
