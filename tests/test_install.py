@@ -41,13 +41,13 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def install(checkout: Path, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """Run `install dev,hf`; returns how it ended and the pip commands."""
+def install(checkout: Path, extras: str = "dev,hf", **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Run `install EXTRAS`; returns how it ended and the pip commands."""
     log = checkout / "pip.log"
     log.unlink(missing_ok=True)
     clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "TORCH_REQUIREMENT", "PYTHON")}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", 'source tools/install.sh; install dev,hf; echo "$PYTHON"'],
+        ["bash", "-euo", "pipefail", "-c", f'source tools/install.sh; install "{extras}"; echo "$PYTHON"'],
         cwd=checkout,
         env=clean | {"PYTHON": str(checkout / "bin/python3"), "PIP_LOG": str(log)} | environment,
         capture_output=True,
@@ -74,6 +74,11 @@ def test_the_exact_version_stands_in_one_place():
         path.name for path in scripts if ".venv" not in path.parts and re.search(rf"^[^#]*\b{re.escape(version)}\b", path.read_text(), re.M)
     ]
     assert pinned == ["install.sh"]
+
+
+def test_no_extras_are_no_brackets(checkout):
+    """pip refuses `DIR[]`."""
+    assert install(checkout, extras="")[1] == [f"install --editable {checkout}"]
 
 
 def test_torch_requirement_is_honoured(checkout):
