@@ -155,7 +155,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """How a video becomes frames (rules in facts of the paper's public code, see data/video.py).
+    """How a video becomes frames (the rules of the paper's public code; see data/video.py).
 
     Attributes:
         frame_rule: `uniform` (num_frames by linspace), `fps_capped` (fps up to num_frames over the whole clip) or `fps_head`

@@ -69,6 +69,11 @@ def check_device(config: Config) -> None:
     from megatron_longvila import platform
 
     if not platform.is_cpu():
+        if config.training.precision == "fp32" and config.model.attention_backend == "auto":
+            raise ValueError(
+                "model.attention_backend='auto' is cuDNN on a CUDA device, which has no fp32 kernel, but training.precision='fp32'; use "
+                "--training.precision bf16 or --model.attention_backend reference, or hide the devices with CUDA_VISIBLE_DEVICES="
+            )
         return
     for name, value, otherwise in (
         ("model.layers", config.model.layers, "local"),

@@ -256,6 +256,14 @@ def test_what_needs_cuda_is_refused_without_it(flags):
     check_device(tiny())
 
 
+def test_fp32_on_cuda_must_name_its_attention(monkeypatch):
+    monkeypatch.setattr(platform, "is_cpu", lambda: False)
+    with pytest.raises(ValueError, match="'auto' is cuDNN.*--training.precision bf16 or --model.attention_backend reference"):
+        check_device(tiny())
+    check_device(tiny("--model.attention_backend reference"))
+    check_device(tiny("--training.precision bf16"))
+
+
 def test_inputs_must_exist(tmp_path):
     folder, tokenizer = tmp_path / "rows", tmp_path / "words.model"
     with pytest.raises(ValueError, match=r"data.train=\[\].*preprocess_video"):

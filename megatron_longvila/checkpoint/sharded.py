@@ -128,15 +128,18 @@ class Checkpoints:
         Any layout may continue; random states are restored on the layout that saved them only.
 
         Raises:
-            ValueError: the checkpoint was written by another version or with another optimizer backend, or the loader refuses its state.
+            ValueError: the checkpoint was written by another version, with another optimizer backend or while other parts trained, or the
+                loader refuses its state.
         """
         progress = _read_progress(folder)
-        backend = self.config.optimizer.backend
-        if progress["optimizer_backend"] != backend:
-            raise ValueError(
-                f"{folder} was trained with optimizer.backend={progress['optimizer_backend']!r}, this run has {backend!r}; set "
-                f"--optimizer.backend {progress['optimizer_backend']}, or start a new run from its weights with --checkpoint.load {folder}"
-            )
+        wanted = self._progress(progress["step"])
+        for name, field in (("optimizer_backend", "optimizer.backend"), ("trainable", "training.trainable")):
+            if progress[name] != wanted[name]:
+                raise ValueError(
+                    f"{folder} was trained with {field}={progress[name]!r}, this run has {wanted[name]!r}, and the optimizer state of one "
+                    f"does not fit the other; set --{field} as it was, or start a new run from its weights in another output_dir with "
+                    f"--checkpoint.load {folder}"
+                )
         metadata = _metadata(self.groups)
         model = state.model.sharded_state_dict(metadata=metadata)
         sharded = {"model": model, "optimizer": state.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)}
@@ -156,7 +159,8 @@ class Checkpoints:
         return progress["step"]
 
     def _progress(self, step: int) -> dict[str, Any]:
-        return {"version": VERSION, "step": step, "layout": self._layout(), "optimizer_backend": self.config.optimizer.backend}
+        progress = {"version": VERSION, "step": step, "layout": self._layout(), "optimizer_backend": self.config.optimizer.backend}
+        return progress | {"trainable": sorted(self.config.training.trainable)}
 
     def _layout(self) -> dict[str, int | str]:
         mesh = self.groups.mesh

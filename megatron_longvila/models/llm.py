@@ -17,7 +17,6 @@ from megatron_longvila.mesh import pipeline_layers
 from megatron_longvila.models.layer_spec import block_spec
 from megatron_longvila.models.norms import RMSNorm
 from megatron_longvila.models.rope import inverse_frequencies, rotary_angles
-from megatron_longvila.models.transformer_config import transformer_config
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
@@ -25,8 +24,6 @@ from megatron.core.models.gpt import GPTModel  # isort: skip
 from megatron.core.transformer.enums import AttnMaskType  # isort: skip
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
-
-__all__ = ["LanguageModel", "layer_spec", "transformer_config"]
 
 
 def layer_spec(config: Config, groups: Groups, backend: Backend, transport: str) -> TransformerBlockSubmodules:

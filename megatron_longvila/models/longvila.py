@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_longvila.attention.core_attention import SequenceParams
 from megatron_longvila.config import Config
-from megatron_longvila.models.llm import LanguageModel, transformer_config
+from megatron_longvila.models.llm import LanguageModel
 from megatron_longvila.models.projector import Projector
 from megatron_longvila.models.siglip import SiglipTower
+from megatron_longvila.models.transformer_config import transformer_config
 from megatron_longvila.parallel.collectives import exchange_rows
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.parallel.plan import RankPlan

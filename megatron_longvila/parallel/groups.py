@@ -77,6 +77,8 @@ def initialize_groups(mesh: Mesh, *, timeout_s: float = 600.0) -> Groups:
         create_gloo_process_groups=True,
         order="tp-cp-ep-dp-pp",
     )
+    # The one group that the library makes without the limit. Nobody uses it, but all ranks meet when it connects.
+    parallel_state.update_pg_timeout(timedelta(seconds=timeout_s), parallel_state.get_expert_data_parallel_group_gloo())
     ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
     replica = None
     for ranks in rank_groups(mesh.axes, "pp", "ring", "ulysses", "tp"):

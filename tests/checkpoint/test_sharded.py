@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,6 +226,12 @@ def test_other_optimizer_backend_is_refused(tmp_path: Path) -> None:
         run_ranks(_resume_with_te, 1, str(tmp_path), make_config())
 
 
+def test_other_trained_parts_are_refused(tmp_path: Path) -> None:
+    run_ranks(train, 1, str(tmp_path), make_config(trainable=["projector"]), {}, 1, (1,))
+    with pytest.raises(RankError, match=r"training.trainable=\['projector'\], this run has \['llm', 'projector'\].*--checkpoint.load"):
+        run_ranks(train, 1, str(tmp_path), make_config(trainable=["projector", "llm"]), {}, 2)
+
+
 def _resume_with_te(rank: int, root: str, config: Config) -> None:
     from toy_model import build_toy
 
@@ -294,3 +301,50 @@ def test_passengers_travel(tmp_path: Path) -> None:
     passengers = load_file(tmp_path / "run" / "step_0000004" / "passengers.safetensors")
     assert list(passengers) == ["unused"] and torch.equal(passengers["unused"], torch.arange(5.0))
     assert run_ranks(_bf16_weights, 2, str(source), make_config("bf16")) == [0.0, 0.0]
+
+
+def _dies_while_writing(rank: int, root: str, config: Config, without: str | None) -> None:
+    """Rank 0 is killed by its own writer, which then goes on for ever."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from toy_model import build_toy
+
+    from megatron_longvila.checkpoint.sharded import Checkpoints
+    from megatron_longvila.platform import mcore_fixes
+
+    mcore_fixes.apply(without=without)
+    rank_pid = os.getpid()
+
+    def hang(*args, **kwargs):
+        Path(root, f"writer.{os.getpid()}").touch()
+        os.kill(rank_pid, signal.SIGKILL)
+        time.sleep(600)
+
+    filesystem_async._write_item = hang
+    toy = build_toy(config)
+    checkpoints = Checkpoints(Path(root), config, toy.groups)
+    checkpoints.save(toy.state, 1)
+    checkpoints.wait()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("without", [None, "mortal_writers"])
+@pytest.mark.parametrize("async_save", [False, True])
+def test_writers_end_with_their_rank(async_save: bool, without: str | None, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(_dies_while_writing, 1, str(tmp_path), make_config(async_save=async_save), without)
+    writers = [int(path.suffix[1:]) for path in tmp_path.glob("writer.*")]
+    assert writers
+    deadline = time.monotonic() + 10
+    while without is None and any(map(_runs, writers)):
+        assert time.monotonic() < deadline, "a writer outlived its rank"
+        time.sleep(0.05)
+    alive = [pid for pid in writers if _runs(pid)]
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert bool(alive) == (without is not None)

@@ -43,7 +43,8 @@ def make_llm(config: Config, **sizes: int):
     """(module with this stage's language model, groups)."""
     from megatron_longvila import platform
     from megatron_longvila.mesh import Mesh
-    from megatron_longvila.models.llm import LanguageModel, transformer_config
+    from megatron_longvila.models.llm import LanguageModel
+    from megatron_longvila.models.transformer_config import transformer_config
     from megatron_longvila.parallel.groups import initialize_groups
 
     mesh = Mesh(dist.get_world_size(), **{"tp_size": 1, "pp_size": 1, "ulysses_size": 1, "ring_size": 1} | sizes)
