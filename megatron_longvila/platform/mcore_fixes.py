@@ -6,6 +6,7 @@ Each fix names the functions it replaces and a piece of source they must contain
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import inspect
@@ -13,6 +14,7 @@ import itertools
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,6 +187,35 @@ class ResultsQueue:
         return self._answers.get(timeout=RESULT_WAIT_S)
 
 
+def _die_with_parent() -> None:
+    """Linux ends this process when the one that forked it dies (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+
+
+def _mortal_worker(original: Callable) -> Callable:
+    """A checkpoint writer whose rank is killed waits for a queue item that nobody will send: it would keep its memory and the job's output
+    pipe for ever, so that `torchrun ... | tee log` never ends."""
+
+    @functools.wraps(original)
+    def write_preloaded_data(*args, **kwargs):
+        _die_with_parent()
+        return original(*args, **kwargs)
+
+    return write_preloaded_data
+
+
+def _mortal_background(original: Callable) -> Callable:
+    """The same for the process that a background save forks to start those writers."""
+
+    @functools.wraps(original)
+    def schedule_async_call(self, async_req):
+        if async_req.async_fn is not None:
+            async_req = async_req._replace(async_fn=_mortal_worker(async_req.async_fn))
+        return original(self, async_req)
+
+    return schedule_async_call
+
+
 def _forked_results(original: Callable) -> Callable:
     """megatron spawns a Manager process per rank: 350 MB that re-run an unguarded main script and outlive a killed rank."""
     queues: dict[int, ResultsQueue] = {}
@@ -200,6 +231,7 @@ def _forked_results(original: Callable) -> Callable:
     return get_write_results_queue
 
 
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 FIXES: dict[str, tuple[Patch, ...]] = {
     "keep_step": (Patch(_OPTIMIZER, "_set_main_param_and_optimizer_states", "dst_tensors[key].copy_(tensors[key])", _keep_step),),
@@ -218,9 +250,13 @@ FIXES: dict[str, tuple[Patch, ...]] = {
         ),
     ),
     "no_fp8": (Patch("megatron.core.tensor_parallel.random:CheckpointWithoutOutput", "__init__", "self.fp8 = fp8 is not None", _no_fp8),),
+    "mortal_writers": (
+        Patch(f"{_STRATEGIES}.filesystem_async:FileSystemWriterAsync", "write_preloaded_data", "count_queue.get()", _mortal_worker),
+        Patch(f"{_STRATEGIES}.async_utils:TemporalAsyncCaller", "schedule_async_call", "target=async_req.async_fn", _mortal_background),
+    ),
     "forked_results": (
         Patch(
-            "megatron.core.dist_checkpointing.strategies.filesystem_async",
+            f"{_STRATEGIES}.filesystem_async",
             "_get_write_results_queue",
             "ctx.Manager().Queue()",
             _forked_results,
