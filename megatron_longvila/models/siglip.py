@@ -37,6 +37,18 @@ class FullAttention(torch.nn.Module):
         return out_FNPH.permute(2, 0, 1, 3).flatten(2)
 
 
+class PatchEmbedding(torch.nn.Conv2d):
+    """A convolution whose stride is its kernel, as the matrix product it is: cuDNN's convolution would round fp32 to TF32."""
+
+    def forward(self, pixels_FCSS: Tensor) -> Tensor:
+        """[F, 3, S, S] to [F, P, D], patches row by row; what is left over at the right and at the bottom is dropped."""
+        size = self.kernel_size[0]
+        grid = pixels_FCSS.shape[-1] // size
+        whole = pixels_FCSS[..., : grid * size, : grid * size]
+        cells = whole.unflatten(3, (grid, size)).unflatten(2, (grid, size))  # [F, 3, row, y, column, x]
+        return F.linear(cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
+
+
 class SiglipTower(MegatronModule):
     """Frames to patch features. Its heads are spread over tp; pipeline, cp and sequence parallelism do not concern it."""
 
@@ -58,7 +70,7 @@ class SiglipTower(MegatronModule):
             raise ValueError(f"model.vision.image_size={vision.image_size} must be at least patch_size={vision.patch_size}")
         self.tp_group = groups.tp
         kwargs = dict(device=platform.device(), dtype=self.config.params_dtype)
-        self.patch_embedding = torch.nn.Conv2d(3, vision.hidden_size, vision.patch_size, stride=vision.patch_size, **kwargs)
+        self.patch_embedding = PatchEmbedding(3, vision.hidden_size, vision.patch_size, stride=vision.patch_size, **kwargs)
         self.position_table = torch.nn.Parameter(torch.empty(vision.grid_size**2, vision.hidden_size, **kwargs))
         for parameter in (*self.patch_embedding.parameters(), self.position_table):
             torch.nn.init.constant_(parameter, float("nan"))
@@ -71,8 +83,7 @@ class SiglipTower(MegatronModule):
         Args:
             pixels_FCSS: [F, 3, S, S], any floating dtype, scaled to [-1, 1]. Pixels right of and below the last whole patch are not seen.
         """
-        patches_FDgg = self.patch_embedding(pixels_FCSS.to(self.config.params_dtype))
-        embedded_FPD = patches_FDgg.flatten(2).transpose(1, 2) + self.position_table
+        embedded_FPD = self.patch_embedding(pixels_FCSS.to(self.config.params_dtype)) + self.position_table
         return self.encoder(embedded_FPD.transpose(0, 1).contiguous(), attention_mask=None).transpose(0, 1)
 
 
