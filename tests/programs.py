@@ -1,8 +1,8 @@
 """The command lines as a user types them: own processes, real files, and a time limit, because bad input must never hang a run."""
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +11,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(*words: object, timeout_s: float = 240) -> tuple[int, str]:
-    """Run a command to its end; returns its exit code and all it wrote. Past the limit it and its ranks are killed: TimeoutExpired."""
+    """Run a command to its end; returns its exit code and all it wrote. AssertionError with what it wrote past the limit."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        list(map(str, words)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
+    with subprocess.Popen(list(map(str, words)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             text = process.communicate(timeout=timeout_s)[0]
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+            text = ""
+            process.terminate()  # torchrun passes it on to its ranks, which a kill would leave running
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                text = process.communicate(timeout=60)[0]
+            process.kill()
+            raise AssertionError(f"still running after {timeout_s} s: {words}\n{text}") from None
     return process.returncode, text
 
 
@@ -37,7 +39,7 @@ def train(output: Path, datasets: list[Path], tokenizer: Path, *flags: object, n
         "-m", "megatron_longvila.train", "--config", ROOT / "examples" / "models" / "tiny.yaml", "--output_dir", output,
         "--data.train", json.dumps(list(map(str, datasets))), "--data.tokenizer", tokenizer, "--data.template", "plain",
         "--model.llm.vocab_size", 448, "--data.context_length", 128, "--data.global_batch_size", 2, "--logging.sample_ids", "true",
-        "--checkpoint.save_at_end", "false", "--parallel.timeout_s", 60, *flags,
+        "--checkpoint.save_at_end", "false", *flags,
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class SampleIndex:
         vocab_size: rows of the embedding table; a larger id is refused.
 
     Raises:
-        ValueError: the tokenizer lacks a special token of `config.template`.
+        ValueError: the tokenizer lacks a special token of `config.template`, or there is no sample at all.
     """
 
     def __init__(self, datasets: Sequence[Dataset], tokenizer: Tokenizer, config: DataConfig, *, tokens_per_frame: int, vocab_size: int):
@@ -42,6 +42,9 @@ class SampleIndex:
         self._datasets, self._tokenizer, self._config = list(datasets), tokenizer, config
         self.tokens_per_frame, self._vocab_size = tokens_per_frame, vocab_size
         self._first = np.cumsum([0, *(len(dataset.samples) for dataset in self._datasets)])
+        if not len(self):
+            folders = ", ".join(str(dataset.path) for dataset in self._datasets)
+            raise ValueError(f"{folders} holds no sample; the report.json in it says what preprocessing refused, and why")
 
     def __len__(self) -> int:
         return int(self._first[-1])

@@ -50,6 +50,7 @@ def activate() -> bool:
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda device=None: None
     warnings.filterwarnings("ignore", message=re.escape(NON_LEAF_GRAD), module=re.escape(__name__))
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", module=r"megatron\.core\.tensor_parallel\b")
     CudaToCpu().__enter__()
     return True
 

@@ -330,6 +330,11 @@ def test_batch_that_dp_does_not_divide(tokenizer):
         make(tokenizer, places(4)[0][0], epochs=1)
 
 
+def test_a_dataset_without_a_sample(tokenizer):
+    with pytest.raises(ValueError, match=r"/nonexistent/dataset holds no sample; the report.json in it"):
+        make(tokenizer, dataset=TinyDataset([]), epochs=1)
+
+
 def test_ids_outside_the_embedding_table(tokenizer):
     config = tiny_config(epochs=1)
     config = replace(config, model=replace(config.model, llm=replace(config.model.llm, vocab_size=50)))
