@@ -3,10 +3,12 @@ read from decoded pixels which frame it got, whatever the size, codec and rotati
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -49,6 +51,18 @@ def _check(number: int) -> int:
     return (number * 7 + (number >> 4) * 3 + 5) & 15
 
 
+@contextlib.contextmanager
+def same_scheduling() -> Iterator[None]:
+    """Undo what SVT-AV1 does when root runs it: it gives the calling thread real-time priority 99 (SCHED_FIFO). Ranks forked later would
+    inherit that, and a few of them that poll would keep every other process of the machine from running."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        if os.sched_getscheduler(0) != policy:
+            os.sched_setscheduler(0, policy, parameters)
+
+
 def video_bytes(
     numbers: Sequence[int] = range(40),
     *,
@@ -69,7 +83,7 @@ def video_bytes(
     regular = len(set(np.diff(stamps_ms).tolist())) <= 1 and stamps_ms[0] == 0
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / "video"  # a real file: the faststart muxer opens it again to move its index to the front
-    with folder, av.open(str(path), "w", format=container, options=muxer_options or {}) as output:
+    with folder, same_scheduling(), av.open(str(path), "w", format=container, options=muxer_options or {}) as output:
         video = output.add_stream(encoder, rate=10, options=ENCODERS[encoder] | (options or {}))
         video.width, video.height = size if rotation in (0, 180) else size[::-1]
         video.pix_fmt = "yuv420p"

@@ -39,6 +39,12 @@ VIDEOS = {
 }
 
 
+def test_making_av1_leaves_the_scheduling_alone():
+    before = os.sched_getscheduler(0)
+    video_bytes(range(2), encoder="libsvtav1")
+    assert os.sched_getscheduler(0) == before
+
+
 def numbers(pixels_FSS3: np.ndarray) -> list[int | None]:
     return [read_number(picture) for picture in pixels_FSS3]
 
