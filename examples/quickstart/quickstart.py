@@ -90,8 +90,8 @@ def run(*command: object) -> None:
 
 
 def environment() -> dict[str, str]:
-    """One thread per rank, because four ranks share the cores already."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """One thread per rank, because four ranks share the cores already; no GPU, because a machine need not have four."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def make_data(out: Path) -> None:
