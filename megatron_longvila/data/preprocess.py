@@ -75,9 +75,7 @@ def preprocess(options: Options, progress: Progress = lambda iterable, total, un
             header = {"version": VERSION, "store": options.store, "media_root": root}
             report = {"input": options.input.name, "accepted": len(samples), "rejected": len(rejected), "rows": rejected}
             try:
-                changed = write_dataset(
-                    options.output, header, samples, media, report, num_workers=options.num_workers, progress=progress
-                )
+                changed = write_dataset(options.output, header, samples, media, report, num_workers=options.num_workers, progress=progress)
             except SourceChanged as error:
                 raise PreprocessError(str(error)) from None
     return Report(

@@ -81,9 +81,7 @@ def select_frames(num_frames: int, duration_s: float, config: VideoConfig) -> li
     raise ValueError(f"frame_rule={config.frame_rule!r} is not one of uniform, fps_capped, fps_head")
 
 
-def probe(
-    source: Source, *, fps: float | None = None, timeout_s: float | None = None, limits: MediaLimits = DEFAULT_LIMITS
-) -> MediaFacts:
+def probe(source: Source, *, fps: float | None = None, timeout_s: float | None = None, limits: MediaLimits = DEFAULT_LIMITS) -> MediaFacts:
     """Facts of a video, an image, or a list or folder of frames shown at `fps`. Reads every packet and decodes the first frame.
 
     Raises:

@@ -117,9 +117,7 @@ def build_run(config: Config) -> Run:
 
     tokenizer = load_tokenizer(config.data.tokenizer)
     place = Place.of(groups, sequence_parallel=config.parallel.sequence_parallel)
-    open_loader = partial(
-        Loader, config, place, tokenizer=tokenizer, cache_dir=folder / "cache", report_path=folder / "data_report.jsonl"
-    )
+    open_loader = partial(Loader, config, place, tokenizer=tokenizer, cache_dir=folder / "cache", report_path=folder / "data_report.jsonl")
     loader = open_loader([open_dataset(path) for path in config.data.train])
     evaluation = None
     if config.data.evaluation:
