@@ -63,6 +63,8 @@ cpu.use_cpu_rng(_random)
 _rename_collectives()
 # In fp32 megatron's optimizer steps on views of the parameters, whose .grad it sets itself: torch takes reading it for a mistake.
 warnings.filterwarnings("ignore", message=re.escape(cpu.NON_LEAF_GRAD), module=r"megatron\.core\.optimizer\b|torch\.optim\b")
+# Megatron reads checkpoints by a name that torch 2.13 deprecates.
+warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning, module=r"megatron\.core\.dist_checkpointing\b")
 mcore_fixes.apply()
 logging.getLogger("megatron.core").setLevel(logging.WARNING)
 
