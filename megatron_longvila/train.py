@@ -61,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # One voice per host: the other ranks saw the same command line.
         raise SystemExit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1) from None
     start_logging(int(os.environ.get("RANK", "0")))
+    if config.parallel.tp_size > 1:
+        # One queue to the GPU: Megatron's tensor-parallel collectives overlap with the matrix products only if they start in program order.
+        # Only CUDA reads it, once, when it starts: it must be set before torch is imported.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from megatron_longvila.training.loop import train
