@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hf_modules import hf_modules
 from megatron_longvila.checkpoint.hf import from_megatron, full_shapes, merge_qkv, rules, split_qkv, to_megatron
 from megatron_longvila.config import PROJECTORS, Config, ProjectorConfig
 from oracle import tiny_config
-
-transformers = pytest.importorskip("transformers")
 
 
 def make_config(architecture: str = "qwen2", tied: bool = False, projector: str = "mlp_downsample") -> Config:
@@ -21,25 +20,7 @@ def make_config(architecture: str = "qwen2", tied: bool = False, projector: str 
 
 def hf_state(config: Config, *, inner_prefix: bool = True, head: bool = True) -> dict[str, torch.Tensor]:
     """Random weights under VILA's names, from transformers' own modules (the projector's from a plain Sequential)."""
-    vision, llm = config.model.vision, config.model.llm
-    tower = transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(
-            hidden_size=vision.hidden_size, intermediate_size=vision.ffn_hidden_size, num_hidden_layers=vision.num_layers,
-            num_attention_heads=vision.num_attention_heads, image_size=vision.image_size, patch_size=vision.patch_size,
-            vision_use_head=head,
-        )
-    )  # fmt: skip
-    config_class, model_class = {
-        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    }[llm.architecture]
-    language_model = model_class(
-        config_class(
-            hidden_size=llm.hidden_size, intermediate_size=llm.ffn_hidden_size, num_hidden_layers=llm.num_layers,
-            num_attention_heads=llm.num_attention_heads, num_key_value_heads=llm.num_query_groups, head_dim=llm.head_dim,
-            vocab_size=llm.vocab_size, tie_word_embeddings=llm.tie_embeddings,
-        )
-    )  # fmt: skip
+    tower, language_model = hf_modules(config, pooling_head=head)
     prefix = "vision_tower.vision_model." if inner_prefix else "vision_tower."
     state = {prefix + name.removeprefix("vision_model."): p for name, p in tower.named_parameters()}
     state |= {f"llm.{name}": p for name, p in language_model.named_parameters()}
