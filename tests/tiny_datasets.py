@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from megatron_longvila.config import Config, DataConfig, LLMConfig, ModelConfig, ProjectorConfig, TrainingConfig, VideoConfig, VisionConfig
-from megatron_longvila.data.media import MediaError
+from megatron_longvila.data.media import DEFAULT_LIMITS, MediaError
 from megatron_longvila.data.shards import Media, Sample
 
 SIZE = 4  # pixels; with patches of 2 and the 2 x 2 merge a frame is one visual token
@@ -33,6 +33,8 @@ def png(rgb: tuple[int, int, int]) -> bytes:
 
 class TinyDataset:
     """`shapes` lists for each sample the frame counts of its media (0: an image). Medium m of the set is named f"{m:064x}"."""
+
+    limits = DEFAULT_LIMITS
 
     def __init__(self, shapes: list[list[int]], path: Path | str = "/nonexistent/dataset", words: str = "What colour is the square?"):
         self.path = path

@@ -40,7 +40,7 @@ class SampleIndex:
     def __init__(self, datasets: Sequence[Dataset], tokenizer: Tokenizer, config: DataConfig, *, tokens_per_frame: int, vocab_size: int):
         check_template(config.template, tokenizer)
         self._datasets, self._tokenizer, self._config = list(datasets), tokenizer, config
-        self.tokens_per_frame, self._vocab_size = tokens_per_frame, vocab_size
+        self.tokens_per_frame, self.vocab_size = tokens_per_frame, vocab_size
         self._first = np.cumsum([0, *(len(dataset.samples) for dataset in self._datasets)])
         if not len(self):
             folders = ", ".join(str(dataset.path) for dataset in self._datasets)
@@ -86,8 +86,8 @@ class SampleIndex:
             context_length=context_length,
         )
         largest = encoded.input_ids_L.max()
-        if largest >= self._vocab_size:
-            raise ValueError(f"token id {largest} is outside model.llm.vocab_size={self._vocab_size}; the tokenizer and the model differ")
+        if largest >= self.vocab_size:
+            raise ValueError(f"token id {largest} is outside model.llm.vocab_size={self.vocab_size}; the tokenizer and the model differ")
         return encoded
 
     def row(self, numbers: Sequence[int]) -> Row:
@@ -147,6 +147,7 @@ class LengthCache:
 
     def __init__(self, index: SampleIndex, folder: Path, fallback: Path | None = None):
         components = {name: value for name, value in index.components().items() if name != "packing"}
+        components["vocab_size"] = str(index.vocab_size)  # decides which samples are unusable
         digest = hashlib.sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()[:16]
         self._paths = [Path(parent) / f"token_lengths-{digest}.json" for parent in (folder, fallback) if parent is not None]
         self._size = len(index)

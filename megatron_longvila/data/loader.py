@@ -246,7 +246,7 @@ class Loader:
         if found != cached:
             raise ValueError(
                 f"samples {row.sample_ids} have {found} tokens, but {cached} in the cached token lengths; "
-                "delete the token_lengths-*.json files beside the dataset"
+                "delete the token_lengths-*.json files beside the dataset or in the run directory's cache/"
             )
         plan = plan_row(row.spec, ulysses_size=place.ulysses_size, ring_size=place.ring_size, row_multiple=place.row_multiple)[
             place.cp_rank
@@ -278,6 +278,7 @@ class Loader:
                     timeout_s=video.timeout_s,
                     on_bad_frame=video.on_bad_frame,
                     siblings=selected,
+                    limits=dataset.limits,
                 )
             except (MediaError, OSError) as error:
                 prepared.reasons[share.place] = f"medium {media.sha256[:16]} {error}"

@@ -72,7 +72,7 @@ def preprocess(options: Options, progress: Progress = lambda iterable, total, un
         changed = False
         if not options.dry_run:
             root = "" if options.store == "tar" else str(options.media_root.resolve())
-            header = {"version": VERSION, "store": options.store, "media_root": root}
+            header = {"version": VERSION, "store": options.store, "media_root": root, "limits": asdict(options.limits)}
             report = {"input": options.input.name, "accepted": len(samples), "rejected": len(rejected), "rows": rejected}
             try:
                 changed = write_dataset(options.output, header, samples, media, report, num_workers=options.num_workers, progress=progress)

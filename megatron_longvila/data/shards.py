@@ -1,6 +1,7 @@
 """A dataset folder on disk: `open_dataset` reads the index that tools/preprocess_video.py wrote, `Dataset.read` finds a medium's bytes.
 
-DIR/dataset.json   {"version", "store", "media_root", "num_samples", "num_media", "hash"}; written last: without it the folder is unfinished
+DIR/dataset.json   {"version", "store", "media_root", "limits", "num_samples", "num_media", "hash"}; written last: without it the folder is
+                   unfinished
 DIR/samples.jsonl  {"id", "conversations": [{"from": "human"|"gpt"|"system", "value"}], "media": [sha256 of each mark in order]}
 DIR/media.jsonl    the fields of Media, one medium a line, each stored once whatever the number of samples that show it
 DIR/shards/        webdataset tars: <sha256>.<extension> + <sha256>.json; frames of a folder are <sha256>.000000.jpg, ...
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_longvila.data.media import ByteRange, MediaError, Source, frame_files, resolve_below
+from megatron_longvila.data.media import DEFAULT_LIMITS, ByteRange, MediaError, MediaLimits, Source, frame_files, resolve_below
 
 VERSION = 1
 _REBUILD = "run tools/preprocess_video.py again with the same --output (it only redoes what is missing)"
@@ -133,11 +134,13 @@ class Dataset:
         media: by sha256.
         hash: see dataset_hash; part of what a resumed run compares.
         store: `tar` or `reference`.
+        limits: what the media were accepted under; reading them under smaller ones would refuse them again.
     """
 
     def __init__(self, path: Path, samples: Samples, media: dict[str, Media], header: dict):
         self.path, self.samples, self.media = path, samples, media
         self.hash, self.store = header["hash"], header["store"]
+        self.limits = MediaLimits(**header["limits"]) if "limits" in header else DEFAULT_LIMITS
         self._media_root = Path(header["media_root"])
 
     def __len__(self) -> int:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from tiny_datasets import FRAMES, SHAPES, TinyDataset, colour, png, tiny_config
 
+from megatron_longvila.data import loader as loader_module
 from megatron_longvila.data.loader import Loader, Place
+from megatron_longvila.data.media import MediaLimits
 from megatron_longvila.data.preprocess import Options, preprocess
 from megatron_longvila.data.shards import open_dataset
 from megatron_longvila.data.text import load_tokenizer
@@ -340,6 +342,27 @@ def test_ids_outside_the_embedding_table(tokenizer):
     config = replace(config, model=replace(config.model, llm=replace(config.model.llm, vocab_size=50)))
     with pytest.raises(ValueError, match="12 of 12 samples .* is outside model.llm.vocab_size=50"):
         Loader(config, Place(), [TinyDataset(SHAPES)], tokenizer)
+
+
+def test_a_mended_vocabulary_size_measures_again(tokenizer, tmp_path):
+    config, dataset = tiny_config(epochs=1), TinyDataset(SHAPES, path=tmp_path)
+    small = replace(config, model=replace(config.model, llm=replace(config.model.llm, vocab_size=50)))
+    with pytest.raises(ValueError, match="12 of 12 samples"):
+        Loader(small, Place(), [dataset], tokenizer)
+    assert not Loader(config, Place(), [dataset], tokenizer).unusable
+
+
+def test_media_are_read_under_the_limits_they_were_accepted_under(tokenizer, tmp_path, monkeypatch):
+    write_video(tmp_path / "moving.mp4", num_frames=12)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "one", "video": "moving.mp4", "conversations": talk("<video>?")}) + "\n")
+    limits = MediaLimits(max_pixels=1 << 28, max_frames=4_000_000)
+    preprocess(Options(tmp_path / "rows.jsonl", tmp_path, tmp_path / "out", num_workers=1, limits=limits))
+    seen, real = [], loader_module.decode_frames
+    monkeypatch.setattr(
+        loader_module, "decode_frames", lambda *args, **settings: seen.append(settings["limits"]) or real(*args, **settings)
+    )
+    steps_of(make(tokenizer, dataset=open_dataset(tmp_path / "out"), epochs=1))
+    assert seen == [limits]
 
 
 def test_files_written_by_the_preprocessing_tool(tokenizer, tmp_path):
