@@ -8,7 +8,8 @@ costs one all-reduce of the statuses of all its rows over dp, so that every rank
 
 from __future__ import annotations
 
-from collections import deque
+import logging
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from megatron_longvila.data.text import Tokenizer
 from megatron_longvila.data.video import decode_frames
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.parallel.plan import RankPlan, plan_row
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,14 @@ class Place:
 
 @dataclass
 class _Prepared:
-    """What a thread made of a row; `reasons` by place in the row."""
+    """What a thread made of a row; `reasons`, and how many frames a neighbour stands for, by place in the row."""
 
     row: Row
     plan: RankPlan
     frames: torch.Tensor  # uint8 [F, S, S, 3] on the CPU; unwritten where this rank does not decode
     reasons: dict[int, str] = field(default_factory=dict)
     num_decoded: int = 0
-    num_replaced: int = 0
+    replaced: Counter[int] = field(default_factory=Counter)
 
 
 class Loader:
@@ -107,7 +110,7 @@ class Loader:
     Attributes:
         position: rows of the list consumed so far, over all dp ranks; a step counts as consumed when it is handed out.
         frames_decoded: frames this rank has decoded for the steps handed out.
-        frames_replaced: of those, how many were bad and show a neighbour.
+        frames_replaced: of those, how many were bad and show a neighbour; the log names each such sample once.
 
     Raises:
         ValueError: no usable sample, a batch that dp does not divide, or more bad samples than data.max_bad_fraction.
@@ -144,6 +147,7 @@ class Loader:
             self.schedule = RowSchedule(lengths, config.data.context_length, seed=training.seed, epochs=epochs)
         step_rows(0, config.data.global_batch_size, place.dp_rank, place.dp_size)  # refuses a batch that dp does not divide
         self.position = self.frames_decoded = self.frames_replaced = 0
+        self._warned: set[int] = set()  # samples with replaced frames that the log has named
 
     @property
     def num_rows(self) -> int | None:
@@ -284,7 +288,7 @@ class Loader:
                 prepared.reasons[share.place] = f"medium {media.sha256[:16]} {error}"
                 continue
             prepared.num_decoded += len(share.frames)
-            prepared.num_replaced += int(status.sum())
+            prepared.replaced[share.place] += int(status.sum())
 
     def _agree(self, prepared: _Prepared) -> np.ndarray:
         """Status of each sample of the row, the same on every rank of the replica: 0, or 1 + the (highest) rank that saw it fail."""
@@ -301,7 +305,11 @@ class Loader:
     def _finish(self, prepared: _Prepared, status: np.ndarray) -> MicroBatch:
         row = prepared.row
         self.frames_decoded += prepared.num_decoded
-        self.frames_replaced += prepared.num_replaced
+        for place, count in prepared.replaced.items():
+            if count and row.numbers[place] not in self._warned:  # once a sample, not once an epoch
+                self._warned.add(row.numbers[place])
+                logger.warning("sample %s: %d frames do not decode; each shows its nearest good neighbour", row.sample_ids[place], count)
+            self.frames_replaced += count
         failed = {place for place, number in enumerate(row.numbers) if status[place] or number in self.skipped}
         return build_micro_batch(row, prepared.plan, prepared.frames.to(self._device), failed)
 

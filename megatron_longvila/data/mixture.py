@@ -108,10 +108,6 @@ class RowSchedule:
             self._epoch(len(self._first_row) - 1)
         return self._first_row[self._num_epochs]
 
-    def num_steps(self, global_batch_size: int) -> int | None:
-        """Steps that read every row once, None if the list is endless."""
-        return None if self.num_rows is None else -(-self.num_rows // global_batch_size)
-
     def locate(self, row: int) -> tuple[int, int]:
         """(epoch, row within the epoch) of a row of the list; one past the end gives (epochs, 0)."""
         epoch = 0

@@ -208,16 +208,24 @@ def test_failed_sample_is_masked_counted_once_and_stays_skipped(tokenizer, tmp_p
     assert len(report.read_text().splitlines()) == 1
 
 
-def test_a_bad_frame_shows_the_same_neighbour_on_every_layout(tokenizer):
+def test_a_bad_frame_shows_the_same_neighbour_on_every_layout(tokenizer, monkeypatch):
     dataset = TinyDataset([[6]])
     name = dataset.medium_of(0)
     dataset.bad_frames |= {(name, 2), (name, 3)}  # with two cp ranks each bad frame lies at the edge of a share
     shown = [colour(0, frame) for frame in (0, 1, 1, 4, 4, 5)]
+    said: list[str] = []
+    monkeypatch.setattr(loader_module.logger, "warning", lambda text, *values: said.append(text % values))
     for cp_size in (1, 2, 3, 6):
         loaders = [make(tokenizer, place, dataset=dataset, epochs=1, global_batch_size=1) for place in places(1, cp_size)[0]]
         frames = torch.cat([steps_of(loader)[0][0].frames for loader in loaders])
         assert [tuple(frame[0, 0].tolist()) for frame in frames] == shown
         assert sum(loader.frames_replaced for loader in loaders) == 2 and not any(loader.skipped for loader in loaders)
+    assert said[0] == "sample sample-0: 2 frames do not decode; each shows its nearest good neighbour"
+
+    said.clear()
+    loader = make(tokenizer, dataset=dataset, epochs=3, global_batch_size=1)
+    steps_of(loader)
+    assert loader.frames_replaced == 6 and len(said) == 1
     skipping = make(tokenizer, dataset=dataset, epochs=1, global_batch_size=1, on_bad_frame="skip_sample", max_bad_fraction=1.0)
     assert steps_of(skipping)[0][0].skipped == ("sample-0",) and "2 of 6 frames do not decode" in skipping.skipped[0]
 
