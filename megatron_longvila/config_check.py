@@ -264,9 +264,11 @@ def _check_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
             raise ValueError(
                 f"optimizer.{name}={getattr(optimizer, name)} must be in [0, 1); the default is {getattr(OptimizerConfig(), name)}"
             )
-    for name in ("weight_decay", "clip_grad", "eps"):
+    for name in ("weight_decay", "clip_grad"):
         if getattr(optimizer, name) < 0:
             raise ValueError(f"optimizer.{name}={getattr(optimizer, name)} must not be negative; 0 turns it off")
+    if optimizer.eps <= 0:
+        raise ValueError(f"optimizer.eps={optimizer.eps} must be positive: AdamW divides by it where a gradient is always 0; use 1e-8")
 
 
 def _check_training(config: Config) -> None:

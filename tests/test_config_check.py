@@ -183,6 +183,7 @@ RULES = {
     "nothing trains": ("--training.trainable []", 1, ["trainable=[]", "projector"], "--training.trainable [projector]"),
     "part twice": ("--training.trainable [llm,llm]", 1, ["twice", "once"], "--training.trainable [llm,vision]"),
     "no length": ("--training.epochs 0", 1, ["epochs=0", "steps=0"], "--training.epochs 0 --training.steps 3"),
+    "no eps": ("--optimizer.eps 0", 1, ["eps=0", "positive", "1e-8"], "--optimizer.eps 1e-8"),
     "evaluation of nothing": (
         "--training.evaluation_interval 5",
         1,
