@@ -128,10 +128,15 @@ class Checkpoints:
         Any layout may continue; random states are restored on the layout that saved them only.
 
         Raises:
-            ValueError: the checkpoint was written by another version, with another optimizer backend or while other parts trained, or the
-                loader refuses its state.
+            ValueError: the checkpoint holds weights alone, or was written by another version, with another optimizer backend or while other
+                parts trained, or the loader refuses its state.
         """
         progress = _read_progress(folder)
+        if not progress["layout"]:
+            raise ValueError(
+                f"{folder} holds weights alone, no optimizer state and no data position to continue from; "
+                f"start a run from it with --checkpoint.load {folder} and another output_dir"
+            )
         wanted = self._progress(progress["step"])
         for name, field in (("optimizer_backend", "optimizer.backend"), ("trainable", "training.trainable")):
             if progress[name] != wanted[name]:

@@ -267,10 +267,12 @@ def test_random_state_on_the_same_layout_only(tmp_path: Path) -> None:
 def _import_weights(rank: int, folder: str, config: Config) -> None:
     from toy_model import build_toy
 
-    from megatron_longvila.checkpoint.sharded import save_weights
+    from megatron_longvila.checkpoint.sharded import Checkpoints, save_weights
 
     toy = build_toy(config)
     save_weights(Path(folder), toy.state.model, config, toy.groups, {"unused": torch.arange(5.0)})
+    with pytest.raises(ValueError, match="holds weights alone.*checkpoint.load"):
+        Checkpoints(Path(folder).parent, config, toy.groups).resume(toy.state, Path(folder))
 
 
 def _bf16_weights(rank: int, folder: str, config: Config) -> float:
