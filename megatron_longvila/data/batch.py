@@ -103,7 +103,7 @@ def build_micro_batch(row: Row, plan: RankPlan, frames_FSS3: torch.Tensor, faile
         failed_places: samples of the row whose media failed; the same on every rank of the replica.
     """
     source_T = torch.from_numpy(plan.row_source_T)
-    is_padding_T = source_T < 0
+    is_padding_T = torch.from_numpy(plan.is_padding_T)
     input_ids_T = torch.from_numpy(row.input_ids_L)[source_T].masked_fill(is_padding_T, PADDING_TOKEN_ID)
     labels_T = torch.from_numpy(row.labels_L(failed_places))[source_T].masked_fill(is_padding_T, IGNORE_INDEX)
     if failed_places and len(frames_FSS3):

@@ -8,6 +8,7 @@ Shapes: T rows of one cp rank after padding.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,7 +111,7 @@ def split_frames(num_frames: int, cp_size: int) -> list[range]:
     """Contiguous frame range of each cp rank; lengths differ by at most one, the first ranks take the longer ones."""
     base, extra = divmod(num_frames, cp_size)
     starts = [rank * base + min(rank, extra) for rank in range(cp_size + 1)]
-    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 def pad_samples(sample_lengths: tuple[int, ...], *, ulysses_size: int, ring_size: int, row_multiple: int = 1) -> SequenceLayout:
