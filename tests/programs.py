@@ -10,10 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def environment() -> dict[str, str]:
+    """This repository's package, one thread per rank."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 def start(*words: object, timeout_s: float = 240) -> tuple[int, str]:
     """Run a command to its end; returns its exit code and all it wrote. AssertionError with what it wrote past the limit."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(list(map(str, words)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(list(map(str, words)), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             text = process.communicate(timeout=timeout_s)[0]
         except subprocess.TimeoutExpired:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from media import video_bytes
+from programs import ROOT, environment, start
 from tiny_tokenizers import write_sentencepiece
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.end_to_end
 
 
@@ -33,14 +33,10 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 def run(command: list) -> str:
-    done = subprocess.run([str(word) for word in command], env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    code, text = start(*command, timeout_s=300)
+    assert code == 0, text
+    return text
 
 
 def command(data: Path, output: Path, num_ranks: int, *flags: str) -> list[str]:
