@@ -6,13 +6,16 @@ Each refusal is a ValueError with the values, the rule and the way out.
 from __future__ import annotations
 
 import importlib.util
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_longvila.config import Config, OptimizerConfig, RopeScaling
 from megatron_longvila.mesh import Mesh, pipeline_layers, resolve_mesh
 
 MAX_BATCH_TOKENS = 2**31 - 1  # megatron's schedules count tokens in int32
+SPEAKS_WITHIN_S = 10.0  # the first rank of a host has met the same error by then
 
 
 def check(config: Config, world_size: int) -> Mesh:
@@ -62,6 +65,17 @@ def check_inputs(config: Config) -> None:
     for name, path in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
         if path and not Path(path).exists():
             raise ValueError(f"{name}={path!r} does not exist; correct the path (relative paths start at {Path.cwd()})")
+
+
+def refuse(error: ValueError, local_rank: int) -> NoReturn:
+    """End this rank for what a user did wrong: one line on stderr and exit status 1.
+
+    One voice per host: all ranks see the same command line, and a launcher ends them as soon as one has exited, so the others wait for the
+    first one to speak. Whoever is still there afterwards has met an error of its own and speaks too.
+    """
+    if local_rank:
+        time.sleep(SPEAKS_WITHIN_S)
+    raise SystemExit(f"error: {error}")
 
 
 def check_device(config: Config) -> None:

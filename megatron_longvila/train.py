@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_longvila.config import Config
-from megatron_longvila.config_check import check_device, check_inputs, resolve
+from megatron_longvila.config_check import check_device, check_inputs, refuse, resolve
 from megatron_longvila.config_io import load, parse
 
 
@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = configure(sys.argv[1:] if argv is None else argv, world_size=world_size, gpus_per_host=gpus_per_host)
         check_device(config)
     except ValueError as error:
-        # One voice per host: the other ranks saw the same command line.
-        raise SystemExit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1) from None
+        refuse(error, int(os.environ.get("LOCAL_RANK", "0")))
     start_logging(int(os.environ.get("RANK", "0")))
     if config.parallel.tp_size > 1:
         # One queue to the GPU: Megatron's tensor-parallel collectives overlap with the matrix products only if they start in program order.

@@ -85,5 +85,19 @@ def test_a_mistake_is_one_line_and_exit_1():
     done = run_train("--parallel.virtual_pp_size", "2")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: parallel.virtual_pp_size=2 is not supported")
-    quiet = run_train("--parallel.virtual_pp_size", "2", LOCAL_RANK="1", WORLD_SIZE="2")
-    assert quiet.returncode == 1 and quiet.stderr == ""
+
+
+def test_other_ranks_leave_a_mistake_to_the_first_one():
+    """A launcher ends all ranks when one exits: if the others were faster, nobody would have said why."""
+    first, other = (
+        subprocess.Popen(
+            [sys.executable, "-m", "megatron_longvila.train", "--parallel.virtual_pp_size", "2"],
+            cwd=ROOT, env=os.environ | {"LOCAL_RANK": rank, "WORLD_SIZE": "2"}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ("0", "1")
+    )  # fmt: skip
+    assert first.communicate(timeout=60)[1].startswith("error: parallel.virtual_pp_size=2")
+    with pytest.raises(subprocess.TimeoutExpired):
+        other.wait(timeout=2)
+    other.terminate()
+    assert other.communicate(timeout=60)[1] == ""

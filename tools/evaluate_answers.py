@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longvila.config import Config, ParallelConfig
-from megatron_longvila.config_check import check_device, resolve
+from megatron_longvila.config_check import check_device, refuse, resolve
 from megatron_longvila.config_io import load, parse, save
 
 HELP = """
@@ -130,9 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         check_device(config)
         result = evaluate(config, arguments.data, blank_frames=arguments.blank_frames)
     except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice per host: the other ranks saw the same
-            print(f"error: {error}", file=sys.stderr)
-        return 1
+        refuse(error, int(os.environ.get("LOCAL_RANK", "0")))
     if result:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
