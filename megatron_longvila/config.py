@@ -61,13 +61,44 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rotary scaling as in a Hugging Face config: `linear` divides positions by `factor`, `llama3` rescales by wavelength."""
+    """Rotary scaling as in a Hugging Face config. Nothing but this field turns scaling on: a longer context alone never does.
 
-    type: Literal["linear", "llama3"]
+    Attributes:
+        type: `linear` divides positions by `factor`; `dynamic` raises the base with the length of the row beyond
+            `original_max_position_embeddings` (NTK-aware); `yarn` interpolates by wavelength and scales the angles' cosine and sine;
+            `llama3` rescales by wavelength.
+        factor: how many times longer than it was trained for the context becomes.
+        low_freq_factor: of `llama3`.
+        high_freq_factor: of `llama3`.
+        original_max_position_embeddings: context length before scaling.
+        beta_fast: of `yarn`: rotations within the original context above which a frequency stays as it is.
+        beta_slow: of `yarn`: rotations below which a frequency is divided by `factor`.
+        attention_factor: of `yarn`: what cosine and sine are multiplied by; 0 means 0.1 * ln(factor) + 1.
+    """
+
+    type: Literal["linear", "dynamic", "yarn", "llama3"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside the decoder's attention projections; one per projection, also where Megatron fuses q, k and v.
+
+    Attributes:
+        rank: columns of A; 0 builds no adapter.
+        alpha: the adapter's output is scaled by alpha / rank.
+        targets: projections that get an adapter, in every decoder layer.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: list[Literal["q", "k", "v", "o"]] = field(default_factory=lambda: ["q", "k", "v", "o"])
 
 
 @dataclass(frozen=True)
@@ -113,6 +144,7 @@ class ModelConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     layers: Literal["local", "te"] = "local"
     attention_backend: Literal["auto", "cudnn", "flash", "reference"] = "auto"
     init_std: float = 0.02
@@ -179,10 +211,12 @@ class DataConfig:
     """Rows to train on. A row is one pack of whole samples and the unit of a micro-batch.
 
     Attributes:
-        train: dataset folders written by tools/preprocess_video.py.
+        train: dataset folders written by tools/preprocess_video.py or tools/preprocess_text.py.
         evaluation: the same, held out.
         tokenizer: a SentencePiece `.model` file or a Hugging Face tokenizer folder.
         context_length: tokens of a row before padding.
+        text_attention: how a row of tools/preprocess_text.py is attended: `row` as a whole, across the documents in it (the paper's
+            public recipe), or every `document` by itself, with its own positions.
         global_batch_size: rows of one optimizer step over all data-parallel ranks.
         num_workers: threads that decode ahead.
         max_bad_fraction: the run fails when more samples than this share had to be skipped.
@@ -193,6 +227,7 @@ class DataConfig:
     tokenizer: str = ""
     template: Literal["chatml", "llama3", "plain"] = "chatml"
     context_length: int = 4096
+    text_attention: Literal["row", "document"] = "row"
     global_batch_size: int = 1
     num_workers: int = 2
     max_bad_fraction: float = 0.05
@@ -222,7 +257,11 @@ class TrainingConfig:
 
     Attributes:
         steps: optimizer steps; 0 means `epochs` decides.
-        trainable: parts whose parameters train.
+        trainable: parts whose parameters train. `llm` is the whole decoder; `lora` its adapters; `llm_norms` its norms and
+            `llm_embeddings` its input embedding and output layer, for training next to the adapters.
+        check_trainable: after the third step with lr > 0 whose rows held media and labels, and at the end, fail if a trainable tensor has
+            not moved or a frozen one has.
+        may_see_no_gradient: names (shell patterns) of trainable tensors that may go without gradient for the whole run.
         recompute: `full` recomputes decoder layers in backward, `selective` only their attention.
         loss_chunk_rows: labelled rows whose logits exist at a time.
         evaluation_interval: steps between evaluations; 0 means only at the end.
@@ -233,7 +272,11 @@ class TrainingConfig:
     epochs: int = 1
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
-    trainable: list[Literal["vision", "projector", "llm"]] = field(default_factory=lambda: ["vision", "projector", "llm"])
+    trainable: list[Literal["vision", "projector", "llm", "lora", "llm_norms", "llm_embeddings"]] = field(
+        default_factory=lambda: ["vision", "projector", "llm"]
+    )
+    check_trainable: bool = True
+    may_see_no_gradient: list[str] = field(default_factory=list)
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_vision: bool = False
     loss_chunk_rows: int = 4096
@@ -252,6 +295,7 @@ class CheckpointConfig:
         async_save: write in the background while training goes on.
         resume: continue from the newest complete checkpoint of output_dir if there is one.
         load: a checkpoint folder whose weights start the run (no optimizer, no data position).
+        load_parts: the parts taken from it; the others, and adapters it does not hold, are initialised.
     """
 
     save_interval: int = 0
@@ -260,6 +304,7 @@ class CheckpointConfig:
     async_save: bool = False
     resume: bool = True
     load: str = ""
+    load_parts: list[Literal["vision", "projector", "llm"]] = field(default_factory=lambda: ["vision", "projector", "llm"])
 
 
 @dataclass(frozen=True)
