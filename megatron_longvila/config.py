@@ -64,8 +64,8 @@ class RopeScaling:
     """Rotary scaling as in a Hugging Face config. Nothing but this field turns scaling on: a longer context alone never does.
 
     Attributes:
-        type: `linear` divides positions by `factor`; `dynamic` raises the base with the length of the row beyond
-            `original_max_position_embeddings` (NTK-aware); `yarn` interpolates by wavelength and scales the angles' cosine and sine;
+        type: `linear` divides positions by `factor`; `dynamic` raises the base with the length of the row's longest sample
+            beyond `original_max_position_embeddings` (NTK-aware); `yarn` interpolates by wavelength and scales the angles' cosine and sine;
             `llama3` rescales by wavelength.
         factor: how many times longer than it was trained for the context becomes.
         low_freq_factor: of `llama3`.

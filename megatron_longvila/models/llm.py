@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from megatron_longvila import platform
@@ -30,7 +31,7 @@ def layer_spec(config: Config, groups: Groups, backend: Backend, transport: str)
     """Layers of this rank's pipeline stage; `transport` is how the ring axis moves keys and values, `all_gather` or `p2p`."""
     stages = pipeline_layers(config.model.llm.num_layers, groups.mesh.pp_size, config.parallel.pipeline_layers)
     core_attention = partial(CoreAttention, groups=groups, backend=backend, transport=transport)
-    return block_spec(config.model.layers, stages[groups.pp.rank()], RMSNorm, core_attention, AttnMaskType.causal)
+    return block_spec(config.model.layers, stages[groups.pp.rank()], RMSNorm, core_attention, AttnMaskType.causal, config.model.lora)
 
 
 def ring_transport(config: Config, groups: Groups) -> str:
@@ -69,6 +70,7 @@ class LanguageModel(GPTModel):
         )
         # Not a buffer: a model turned into bf16 would round its buffers, and the frequencies with them.
         self.inv_freq = inverse_frequencies(llm).to(platform.device())
+        self.dynamic_rope = llm if llm.rope_scaling is not None and llm.rope_scaling.type == "dynamic" else None
 
     def forward(self, decoder_input: Tensor | None, positions_T: Tensor, seq_params: SequenceParams) -> Tensor:
         """Hidden states of this stage; logits are the loss's business.
@@ -82,9 +84,24 @@ class LanguageModel(GPTModel):
         Returns:
             The shape of decoder_input; on the last stage after the final norm.
         """
+        inv_freq = self.inv_freq
+        if self.dynamic_rope is not None:
+            # Without padding, which depends on the mesh; one length for the row, as transformers takes one for a batch.
+            length = seq_params.layout.longest_sample or max(seq_params.layout.sample_lengths)
+            inv_freq = inverse_frequencies(self.dynamic_rope, length).to(inv_freq.device)
         return self.decoder(
-            hidden_states=decoder_input,
+            hidden_states=self._with_gradient(decoder_input),
             attention_mask=None,
-            rotary_pos_emb=rotary_angles(positions_T, self.inv_freq),
+            rotary_pos_emb=rotary_angles(positions_T, inv_freq),
             packed_seq_params=seq_params,
         )
+
+    def _with_gradient(self, decoder_input: Tensor | None) -> Tensor | None:
+        """Megatron's full recompute is a reentrant checkpoint: where no input requires a gradient, neither does its output, and the weights
+        inside silently get none. That is so in the first layer when everything below it is frozen, as with adapters."""
+        recomputed = self.config.recompute_granularity == "full" and torch.is_grad_enabled()
+        if not recomputed or decoder_input is None or decoder_input.requires_grad:
+            return decoder_input
+        if not any(parameter.requires_grad for parameter in self.decoder.parameters()):
+            return decoder_input
+        return decoder_input.detach().requires_grad_()

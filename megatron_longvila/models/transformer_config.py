@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from megatron_longvila import platform
 from megatron_longvila.config import Config
 from megatron_longvila.mesh import pipeline_layers
+from megatron_longvila.models.rope import softmax_scale
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
@@ -47,6 +48,7 @@ def transformer_config(config: Config, groups: Groups) -> TransformerConfig:
             activation_func=F.silu,
             add_bias_linear=False,
             add_qkv_bias=llm.architecture == "qwen2",
+            softmax_scale=softmax_scale(llm),
             context_parallel_size=mesh.cp_size,
             sequence_parallel=config.parallel.sequence_parallel and mesh.tp_size > 1,
             pipeline_model_parallel_size=mesh.pp_size,

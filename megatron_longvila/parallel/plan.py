@@ -41,11 +41,13 @@ class SequenceLayout:
     Attributes:
         sample_lengths: padded length of each sample, the padding sample that may end the pack included.
             With ring_size > 1 each is a multiple of 2 * ring_size.
+        longest_sample: tokens of the longest sample without its padding, the same on every mesh; 0 means that no sample is padded.
     """
 
     ring_size: int
     ulysses_size: int
     sample_lengths: tuple[int, ...]
+    longest_sample: int = 0
 
     @property
     def total_rows(self) -> int:
@@ -91,12 +93,14 @@ class RankPlan:
 
     Attributes:
         frames: the row's frames (numbered over the row) that this rank decodes and encodes.
+        row_frames: frames of the whole row, the same on every rank.
         row_source_T: index into the unpadded row of each local row, -1 for padding. int64.
         positions_T: rotary position of each local row; restarts at 0 in each sample and runs on through its padding. int64.
     """
 
     layout: SequenceLayout
     frames: range
+    row_frames: int
     row_source_T: np.ndarray
     positions_T: np.ndarray
     exchange: RowExchange
@@ -129,7 +133,7 @@ def pad_samples(sample_lengths: tuple[int, ...], *, ulysses_size: int, ring_size
     unit, pack_unit = (2 * ring_size, ring_size * math.lcm(2, shards)) if ring_size > 1 else (1, shards)
     lengths = [-(-length // unit) * unit for length in sample_lengths]
     tail = -sum(lengths) % pack_unit
-    return SequenceLayout(ring_size, ulysses_size, tuple(lengths + [tail] if tail else lengths))
+    return SequenceLayout(ring_size, ulysses_size, tuple(lengths + [tail] if tail else lengths), max(sample_lengths))
 
 
 def share_order(layout: SequenceLayout, ring_rank: int) -> np.ndarray:
@@ -186,7 +190,10 @@ def plan_row(spec: RowSpec, *, ulysses_size: int, ring_size: int, row_multiple: 
     rows = owned_rows(layout)
     frames = split_frames(len(spec.frame_starts), len(rows))
     exchanges = _plan_exchange(spec, layout, rows, frames, padded_of_source)
-    return [RankPlan(layout, frames[rank], source[rows[rank]], positions[rows[rank]], exchanges[rank]) for rank in range(len(rows))]
+    num_frames = len(spec.frame_starts)
+    return [
+        RankPlan(layout, frames[rank], num_frames, source[rows[rank]], positions[rows[rank]], exchanges[rank]) for rank in range(len(rows))
+    ]
 
 
 def _plan_exchange(

@@ -19,6 +19,8 @@ SCALINGS = {
     "none": None,
     "linear": RopeScaling("linear", factor=4.0),
     "llama3": RopeScaling("llama3", factor=8.0, original_max_position_embeddings=64),
+    "yarn": RopeScaling("yarn", factor=4.0, original_max_position_embeddings=64),
+    "dynamic": RopeScaling("dynamic", factor=4.0, original_max_position_embeddings=6),  # between the two lengths
 }
 
 
@@ -78,8 +80,13 @@ def hf_llm(config: Config):
     rope = {"rope_type": "default", "rope_theta": llm.rotary_base}
     if scaling is not None:
         rope |= {"rope_type": scaling.type, "factor": scaling.factor}
+    max_positions = llm.max_position_embeddings
+    if scaling is not None and scaling.type in ("llama3", "yarn"):
+        rope |= {"original_max_position_embeddings": 64}
     if scaling is not None and scaling.type == "llama3":
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if scaling is not None and scaling.type == "dynamic":  # there it scales beyond max_position_embeddings
+        max_positions = scaling.original_max_position_embeddings
     config_class, model_class = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -88,7 +95,7 @@ def hf_llm(config: Config):
         config_class(
             hidden_size=llm.hidden_size, intermediate_size=llm.ffn_hidden_size, num_hidden_layers=llm.num_layers,
             num_attention_heads=llm.num_attention_heads, num_key_value_heads=llm.num_query_groups, head_dim=llm.head_dim,
-            vocab_size=llm.vocab_size, max_position_embeddings=llm.max_position_embeddings, rms_norm_eps=llm.norm_epsilon,
+            vocab_size=llm.vocab_size, max_position_embeddings=max_positions, rms_norm_eps=llm.norm_epsilon,
             rope_parameters=rope, tie_word_embeddings=llm.tie_embeddings, attn_implementation="eager",
         )
     ).float()  # fmt: skip
@@ -96,7 +103,14 @@ def hf_llm(config: Config):
 
 @pytest.mark.parametrize(
     "architecture, tied, scaling",
-    [("qwen2", False, "none"), ("qwen2", True, "linear"), ("llama", False, "llama3"), ("llama", True, "none")],
+    [
+        ("qwen2", False, "none"),
+        ("qwen2", True, "linear"),
+        ("llama", False, "llama3"),
+        ("llama", True, "none"),
+        ("qwen2", False, "yarn"),
+        ("llama", True, "dynamic"),
+    ],
 )
 def test_logits_and_gradients_equal_transformers(architecture, tied, scaling):
     from megatron_longvila.checkpoint.hf import rules
@@ -111,12 +125,41 @@ def test_logits_and_gradients_equal_transformers(architecture, tied, scaling):
     for rule in llm_rules:
         for source, tensor in zip(rule.sources, rule.split(state[rule.target]), strict=True):
             parameters[source].data.copy_(tensor)
-    expected = torch.cat([model(sample[None]).logits[0] for sample in token_ids().split(LENGTHS)])
+    # One padded batch, not sample by sample: dynamic scaling goes by the longest sample of a batch.
+    batch = torch.nn.utils.rnn.pad_sequence(token_ids().split(LENGTHS), batch_first=True)
+    expected = torch.cat([logits[:length] for logits, length in zip(model(batch).logits, LENGTHS, strict=True)])
     assert (logits - expected).norm() <= 1e-5 * expected.norm()
     expected.square().sum().backward()
     for rule in llm_rules:
         expected_grad = rule.merge(*(parameters[source].grad for source in rule.sources))
         assert (grads[rule.target] - expected_grad).norm() <= 1e-4 * expected_grad.norm(), rule.target
+
+
+def _hidden_rows(rank: int, config: Config, state: dict):
+    """Unpadded row numbers of this ring rank, and their hidden states."""
+    from megatron_longvila.attention.core_attention import SequenceParams
+    from megatron_longvila.checkpoint.hf import load_full_state
+    from megatron_longvila.parallel.plan import RowSpec, plan_row
+
+    ring_size = dist.get_world_size()
+    module, groups = make_llm(config, ring_size=ring_size)
+    load_full_state(module, state, config, groups)
+    model, plan = module["language_model"], plan_row(RowSpec(LENGTHS, (), 4), ulysses_size=1, ring_size=ring_size)[rank]
+    ids_T = token_ids()[torch.from_numpy(plan.row_source_T)]  # padding rows take some id, as in training
+    hidden_T1D = model(model.embedding(ids_T[None], None), torch.from_numpy(plan.positions_T), SequenceParams(layout=plan.layout))
+    is_real_T = ~plan.is_padding_T
+    return plan.row_source_T[is_real_T], hidden_T1D[torch.from_numpy(is_real_T), 0].detach()
+
+
+def test_dynamic_scaling_does_not_depend_on_the_mesh():
+    """The ring pads 9 and 5 tokens to 12 and 8; the frequencies must still be those of 9."""
+    config = make_config("qwen2", scaling="dynamic")
+    state = random_llm_state(config)
+    expected_TD = run_ranks(_hidden_rows, 1, config, state)[0][1]
+    shares = run_ranks(_hidden_rows, 2, config, state)
+    assert sum(len(rows) for rows, _ in shares) == sum(LENGTHS)
+    for rows, hidden_TD in shares:
+        assert (hidden_TD - expected_TD[rows]).norm() <= 1e-5 * expected_TD[rows].norm()
 
 
 def _stage(rank: int, config: Config):

@@ -9,44 +9,78 @@ import pytest
 import torch
 
 from megatron_longvila.config import LLMConfig, RopeScaling
-from megatron_longvila.models.rope import inverse_frequencies, rotary_angles
+from megatron_longvila.models.rope import inverse_frequencies, rotary_angles, softmax_scale
 
 transformers = pytest.importorskip("transformers")
 
-LLAMA3 = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-SCALINGS = {"none": None, "linear": RopeScaling("linear", factor=4.0), "llama3": LLAMA3}
+SCALINGS = {
+    "none": None,
+    "linear": RopeScaling("linear", factor=4.0),
+    "dynamic": RopeScaling("dynamic", factor=2.0, original_max_position_embeddings=8192),
+    "llama3": RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+    "yarn": RopeScaling("yarn", factor=4.0, original_max_position_embeddings=32768),
+    "yarn, all named": RopeScaling(
+        "yarn", factor=16.0, original_max_position_embeddings=2048, beta_fast=16.0, beta_slow=2.0, attention_factor=1.5
+    ),
+    "yarn, factor 1": RopeScaling("yarn", factor=1.0, original_max_position_embeddings=8192),
+    "yarn, ramp of no width": RopeScaling("yarn", factor=4.0, original_max_position_embeddings=128, beta_fast=21.0, beta_slow=20.5),
+}
 
 
-def hf_rope_parameters(llm: LLMConfig) -> dict:
-    """The `rope_parameters` of a transformers config."""
-    scaling = llm.rope_scaling
-    if scaling is None:
-        return {"rope_type": "default", "rope_theta": llm.rotary_base}
-    parameters = {"rope_type": scaling.type, "rope_theta": llm.rotary_base, "factor": scaling.factor}
-    if scaling.type == "llama3":
-        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        parameters |= {name: getattr(scaling, name) for name in names}
-    return parameters
+def hf_config(llm: LLMConfig):
+    """The transformers config of `llm`'s rotary embedding; `dynamic` scales beyond its max_position_embeddings there."""
+    scaling, max_positions = llm.rope_scaling, llm.max_position_embeddings
+    rope = {"rope_type": scaling.type if scaling else "default", "rope_theta": llm.rotary_base}
+    fields = {
+        "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "yarn": ("beta_fast", "beta_slow", "original_max_position_embeddings"),
+    }
+    if scaling is not None:
+        rope |= {name: getattr(scaling, name) for name in ("factor", *fields.get(scaling.type, ()))}
+        rope |= {"attention_factor": scaling.attention_factor} if scaling.attention_factor else {}
+        max_positions = scaling.original_max_position_embeddings if scaling.type == "dynamic" else max_positions
+    return transformers.LlamaConfig(
+        hidden_size=llm.head_dim * 2, num_attention_heads=2, head_dim=llm.head_dim, max_position_embeddings=max_positions,
+        rope_parameters=rope,
+    )  # fmt: skip
 
 
 def hf_rotary(llm: LLMConfig) -> torch.nn.Module:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = transformers.LlamaConfig(
-        hidden_size=llm.head_dim * 2, num_attention_heads=2, head_dim=llm.head_dim,
-        max_position_embeddings=llm.max_position_embeddings, rope_parameters=hf_rope_parameters(llm),
-    )  # fmt: skip
-    return LlamaRotaryEmbedding(config)
+    return LlamaRotaryEmbedding(hf_config(llm))
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("base, head_dim", [(1e4, 64), (5e5, 128), (1e6, 128)])
+@pytest.mark.parametrize("base, head_dim", [(1e4, 64), (5e5, 128), (1e6, 128), (3_580_165_449, 128)])
 def test_frequencies_equal_transformers(scaling, base, head_dim):
     llm = LLMConfig(rotary_base=base, head_dim=head_dim, rope_scaling=SCALINGS[scaling])
-    expected = hf_rotary(llm).inv_freq
-    assert torch.equal(inverse_frequencies(llm), expected)
-    if scaling != "none":
-        assert not torch.equal(inverse_frequencies(replace(llm, rope_scaling=None)), expected)
+    rotary = hf_rotary(llm)
+    assert torch.equal(inverse_frequencies(llm), rotary.inv_freq)
+    scale = softmax_scale(llm) or head_dim**-0.5
+    assert scale == pytest.approx(rotary.attention_scaling**2 * head_dim**-0.5, rel=1e-15)
+    plain = replace(llm, rope_scaling=None)
+    if scaling not in ("none", "dynamic", "yarn, factor 1"):  # which change nothing within the trained length, or at all
+        assert not torch.equal(inverse_frequencies(plain), rotary.inv_freq)
+
+
+@pytest.mark.parametrize("length", [1, 8192, 8193, 100_000, 1_176_000])
+def test_dynamic_frequencies_follow_the_length_as_transformers_do(length):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    llm = LLMConfig(rope_scaling=SCALINGS["dynamic"])
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](hf_config(llm), torch.device("cpu"), seq_len=length)
+    assert torch.equal(inverse_frequencies(llm, length), expected)
+    assert torch.equal(expected, inverse_frequencies(replace(llm, rope_scaling=None))) == (length <= 8192)
+
+
+@pytest.mark.parametrize("length", [0, 40_000, 1_176_000])
+@pytest.mark.parametrize("scaling", [name for name in SCALINGS if name != "dynamic"])
+def test_a_longer_context_alone_changes_nothing(scaling, length):
+    llm = LLMConfig(rope_scaling=SCALINGS[scaling])
+    longer = replace(llm, max_position_embeddings=1_048_576)
+    assert torch.equal(inverse_frequencies(llm), inverse_frequencies(longer, length))
+    assert softmax_scale(llm) == softmax_scale(longer)
 
 
 def test_angles_are_exact_beyond_a_million_positions():
