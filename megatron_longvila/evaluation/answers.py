@@ -82,12 +82,6 @@ def predict_labels(
         global_batch_size: of the loader's configuration: rows of a step over all dp ranks.
         blank_frames: make every frame black, to see what the text alone gives away.
     """
-
-    def forward_step(micro_batches: Iterator[MicroBatch], stage: LongVILA):
-        one = next(micro_batches)
-        hidden = stage(one.frames, one.input_ids_T, one.positions_T, one.plan)
-        return hidden, lambda output, non_loss_data: predict(stage.language_model, output, one.labels_T)
-
     model.eval()
     found: list[Prediction] = []
     position = 0
@@ -95,16 +89,7 @@ def predict_labels(
         if blank_frames:
             for one in batch:
                 one.frames.zero_()
-        predicted = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batch),
-            model=model,
-            num_microbatches=len(batch),
-            seq_length=1,  # not used: the stages tell each other the real lengths
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        predicted = predict_batch(model, batch, predict=predict)
         rows = step_rows(position, global_batch_size, groups.dp.rank(), groups.dp.size())
         position += global_batch_size
         if groups.is_last_stage and groups.tp.rank() == 0:  # the tp ranks of the last stage all know the same
@@ -114,6 +99,37 @@ def predict_labels(
     shares: list[list[Prediction]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(shares, found)
     return [prediction for share in shares for prediction in share]
+
+
+@torch.no_grad()
+def predict_batch(
+    model: LongVILA, batch: Sequence[MicroBatch], *, predict: Predict, visual: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """The most likely token at every labelled position of this rank's rows. Collective over the ranks that share the rows.
+
+    Args:
+        visual: visual tokens of each micro-batch where they were encoded before (LongVILA.encode_frames).
+
+    Returns:
+        int64 tokens of each micro-batch on the last pipeline stage, nothing on the others.
+    """
+    visual = visual or [None] * len(batch)
+
+    def forward_step(micro_batches: Iterator[tuple[MicroBatch, Tensor | None]], stage: LongVILA):
+        one, visual_VD = next(micro_batches)
+        hidden = stage(one.frames, one.input_ids_T, one.positions_T, one.plan, visual_VD)
+        return hidden, lambda output, non_loss_data: predict(stage.language_model, output, one.labels_T)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(zip(batch, visual, strict=True)),
+        model=model,
+        num_microbatches=len(batch),
+        seq_length=1,  # not used: the stages tell each other the real lengths
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
 
 
 def score_answers(

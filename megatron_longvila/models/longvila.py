@@ -5,6 +5,8 @@ Shapes: F frames of this cp rank, V visual tokens of this rank's frames, T rows 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -52,8 +54,9 @@ class LongVILA(MegatronModule):
     def encode_frames(self, frames_FHWC: Tensor) -> Tensor:
         """Visual tokens of this rank's frames.
 
-        A rank without frames encodes one black frame and hands out none of its rows: every rank then builds the same graph, so that the
-        backward of the exchange and all gradient hooks run everywhere (with exact zeros).
+        Where tower or projector train, a rank without frames encodes one black frame and hands out none of its rows: every rank then
+        builds the same graph, so that the backward of the exchange and all gradient hooks run everywhere (with exact zeros). Frozen
+        parts below the lowest one that trains build no graph.
 
         Args:
             frames_FHWC: uint8 [F, S, S, 3], F >= 0.
@@ -64,26 +67,39 @@ class LongVILA(MegatronModule):
         num_frames = frames_FHWC.shape[0]
         size = self.vision_config.image_size
         if num_frames == 0:
+            if not self._vision_has_backward:
+                return torch.empty(0, self.config.hidden_size, dtype=self.config.params_dtype, device=frames_FHWC.device)
             frames_FHWC = frames_FHWC.new_zeros(1, size, size, 3)
-        if self.recompute_vision and torch.is_grad_enabled():
-            # Not Megatron's reentrant checkpoint: a parameter used by several micro-batches of frames must meet its gradient hook once.
-            encode = lambda chunk: checkpoint(self._encode, chunk, use_reentrant=False, preserve_rng_state=False)  # noqa: E731
-        else:
-            encode = self._encode
-        visual_VD = torch.cat([encode(chunk) for chunk in frames_FHWC.split(self.vision_config.frames_per_micro_batch)])
+        with torch.set_grad_enabled(self._vision_has_backward):
+            chunks = frames_FHWC.split(self.vision_config.frames_per_micro_batch)
+            visual_VD = torch.cat([self._encode(chunk).flatten(0, 1) for chunk in chunks])
         return visual_VD if num_frames else visual_VD[:0]
+
+    @property
+    def _vision_has_backward(self) -> bool:
+        """Whether gradients will be asked of the tower or the projector; the same on all ranks of this stage."""
+        return torch.is_grad_enabled() and (_trains(self.vision_tower) or _trains(self.projector))
 
     def _encode(self, frames_FHWC: Tensor) -> Tensor:
         # SigLIP's preprocessing: (x / 255 - 0.5) / 0.5, in fp32 as the image processor does it.
         pixels_FCHW = ((frames_FHWC.float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).to(self.config.params_dtype)
-        return self.projector(self.vision_tower(pixels_FCHW)).flatten(0, 1)
+        # Not Megatron's reentrant checkpoint: a parameter used by several micro-batches of frames must meet its gradient hook once.
+        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if self.recompute_vision else lambda part, x: part(x)
+        if _trains(self.vision_tower):
+            return run(lambda pixels: self.projector(self.vision_tower(pixels)), pixels_FCHW)
+        with torch.no_grad():  # nor is a frozen tower computed twice
+            features_FPD = self.vision_tower(pixels_FCHW)
+        return run(self.projector, features_FPD)
 
-    def embed(self, frames_FHWC: Tensor, input_ids_T: Tensor, plan: RankPlan) -> Tensor:
+    def embed(self, frames_FHWC: Tensor, input_ids_T: Tensor, plan: RankPlan, visual_VD: Tensor | None = None) -> Tensor:
         """Decoder input of this cp rank: text embeddings, with the visual tokens that belong to its placeholders in their rows. [T, 1, D].
 
         The full sequence never exists: each visual token goes straight from its encoder to the owner of its position.
         """
-        visual_VD = self.encode_frames(frames_FHWC)
+        if not plan.row_frames and not self._vision_has_backward:
+            return self.language_model.embedding(input_ids=input_ids_T[None], position_ids=None)
+        if visual_VD is None:
+            visual_VD = self.encode_frames(frames_FHWC)
         exchange, device = plan.exchange, visual_VD.device
         sent_VD = visual_VD.index_select(0, torch.from_numpy(exchange.send_index).to(device))
         received_VD = exchange_rows(sent_VD, exchange.send_counts, exchange.recv_counts, self.cp_group)
@@ -92,23 +108,30 @@ class LongVILA(MegatronModule):
         recv_rows = torch.from_numpy(exchange.recv_rows).to(device)
         return text_T1D.index_copy(0, recv_rows, received_VD[:, None].to(text_T1D.dtype))
 
-    def forward(self, frames_FHWC: Tensor, input_ids_T: Tensor, positions_T: Tensor, plan: RankPlan) -> Tensor:
+    def forward(
+        self, frames_FHWC: Tensor, input_ids_T: Tensor, positions_T: Tensor, plan: RankPlan, visual_VD: Tensor | None = None
+    ) -> Tensor:
         """Hidden states of this pipeline stage.
 
         Args:
             frames_FHWC: uint8 [F, S, S, 3], the frames of `plan.frames` (stage 0; ignored elsewhere).
             input_ids_T: int64 [T], PLACEHOLDER_ID where a visual token goes.
             positions_T: int64 [T], `plan.positions_T`.
+            visual_VD: what `encode_frames` gave for `plan.frames` before; the frames are then not looked at.
 
         Returns:
             [T, 1, D], or [T / tp, 1, D] with sequence_parallel; on the last stage after the final norm.
         """
         decoder_input = None
         if self.pre_process:
-            decoder_input = self.embed(frames_FHWC, input_ids_T, plan)
+            decoder_input = self.embed(frames_FHWC, input_ids_T, plan, visual_VD)
             if self.config.sequence_parallel:
                 decoder_input = scatter_to_sequence_parallel_region(decoder_input)
         return self.language_model(decoder_input, positions_T, SequenceParams(layout=plan.layout))
+
+
+def _trains(part: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 def build_model(config: Config, groups: Groups) -> LongVILA:
