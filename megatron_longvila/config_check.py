@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_longvila.config import Config, OptimizerConfig, RopeScaling
+from megatron_longvila.config import Config, OptimizerConfig
+from megatron_longvila.config_check_model import check_model
 from megatron_longvila.mesh import Mesh, pipeline_layers, resolve_mesh
 
 MAX_BATCH_TOKENS = 2**31 - 1  # megatron's schedules count tokens in int32
@@ -24,13 +25,14 @@ def check(config: Config, world_size: int) -> Mesh:
     Reads no file and imports no torch: `check_inputs` and `check_device` look at the disk and at the machine.
     """
     _check_positive(config)
-    _check_vision(config)
-    _check_llm(config)
+    check_model(config)
     mesh = _mesh(config, world_size)
     _check_parallel(config, mesh)
     _check_data(config, mesh)
     _check_optimizer(config.optimizer, config.training.steps)
     _check_training(config)
+    _check_trainable(config)
+    _check_checkpoint(config)
     _check_extras(config)
     return mesh
 
@@ -122,72 +124,6 @@ def _check_positive(config: Config) -> None:
         for name in names.split():
             if getattr(part, name) < 0:
                 raise ValueError(f"{prefix}.{name}={getattr(part, name)} must not be negative; 0 turns it off")
-
-
-def _check_vision(config: Config) -> None:
-    vision, tp_size = config.model.vision, config.parallel.tp_size
-    if vision.preprocess == "dynamic":
-        raise ValueError(
-            "model.vision.preprocess='dynamic' (tiling of images) is not supported: a frame is one square image; use 'resize' or 'pad'"
-        )
-    if vision.image_size < vision.patch_size:
-        raise ValueError(
-            f"model.vision.image_size={vision.image_size} must be at least patch_size={vision.patch_size}; raise image_size (384 or 448)"
-        )
-    if not 1 <= vision.built_layers <= vision.num_layers:
-        raise ValueError(
-            f"model.vision.select_layer={vision.select_layer} must count from the end, between -1 and -num_layers = -{vision.num_layers}; "
-            "-2 is what LongVILA uses"
-        )
-    if vision.hidden_size % vision.num_attention_heads:
-        raise ValueError(
-            f"model.vision.hidden_size={vision.hidden_size} must be divisible by num_attention_heads={vision.num_attention_heads}; "
-            "take both from the tower's config.json"
-        )
-    for name in ("num_attention_heads", "ffn_hidden_size"):
-        _check_tp("model.vision", name, getattr(vision, name), tp_size)
-
-
-def _check_llm(config: Config) -> None:
-    llm, tp_size = config.model.llm, config.parallel.tp_size
-    if llm.num_attention_heads % llm.num_query_groups:
-        raise ValueError(
-            f"model.llm.num_attention_heads={llm.num_attention_heads} must be divisible by num_query_groups={llm.num_query_groups} "
-            "(query heads share KV heads in whole groups); take both from the model's config.json"
-        )
-    if llm.head_dim % 2:
-        raise ValueError(
-            f"model.llm.head_dim={llm.head_dim} must be even: rotary embeddings turn pairs; take it from the model's config.json"
-        )
-    _check_tp("model.llm", "num_attention_heads", llm.num_attention_heads, tp_size)
-    _check_tp("model.llm", "ffn_hidden_size", llm.ffn_hidden_size, tp_size)
-    _check_tp("model.llm", "padded_vocab_size", llm.padded_vocab_size, tp_size)
-    if llm.rotary_base <= 1:
-        raise ValueError(f"model.llm.rotary_base={llm.rotary_base} must be above 1; Qwen2 uses 1000000.0, Llama 3 500000.0")
-    if llm.rope_scaling is not None:
-        _check_rope_scaling(llm.rope_scaling)
-    if config.data.context_length > llm.max_position_embeddings:
-        raise ValueError(
-            f"data.context_length={config.data.context_length} must not exceed model.llm.max_position_embeddings="
-            f"{llm.max_position_embeddings}: positions beyond it were never trained; raise both it and rotary_base "
-            "(the context-extension stage), or lower context_length"
-        )
-
-
-def _check_rope_scaling(scaling: RopeScaling) -> None:
-    if scaling.factor < 1:
-        raise ValueError(f"model.llm.rope_scaling.factor={scaling.factor} must be at least 1; remove rope_scaling for no scaling")
-    if scaling.type == "llama3" and not scaling.low_freq_factor < scaling.high_freq_factor:
-        raise ValueError(
-            f"model.llm.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below high_freq_factor={scaling.high_freq_factor}; "
-            "Llama 3.1 uses 1.0 and 4.0"
-        )
-
-
-def _check_tp(prefix: str, name: str, value: int, tp_size: int) -> None:
-    if value % tp_size:
-        fits = max(size for size in range(1, tp_size + 1) if value % size == 0)
-        raise ValueError(f"{prefix}.{name}={value} must be divisible by parallel.tp_size={tp_size}; use --parallel.tp_size {fits}")
 
 
 def _mesh(config: Config, world_size: int) -> Mesh:
@@ -287,10 +223,6 @@ def _check_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
 
 def _check_training(config: Config) -> None:
     training, model = config.training, config.model
-    if not training.trainable:
-        raise ValueError("training.trainable=[] leaves nothing to train; name at least one of vision, projector, llm")
-    if len(set(training.trainable)) != len(training.trainable):
-        raise ValueError(f"training.trainable={training.trainable} names a part twice; name each part once")
     if not training.steps and training.epochs < 1:
         raise ValueError(f"training.epochs={training.epochs} must be at least 1 when training.steps=0; set one of them")
     if training.evaluation_interval and not config.data.evaluation:
@@ -309,6 +241,45 @@ def _check_training(config: Config) -> None:
                 f"model.attention_backend={model.attention_backend!r} has no fp32 kernel, but training.precision='fp32'; use "
                 "--training.precision bf16 or --model.attention_backend reference"
             )
+
+
+def _check_trainable(config: Config) -> None:
+    """Parts that exist, and none inside another."""
+    parts, rank = config.training.trainable, config.model.lora.rank
+    if not parts:
+        raise ValueError(
+            "training.trainable=[] leaves nothing to train; name at least one of vision, projector, llm, lora, llm_norms, llm_embeddings"
+        )
+    if len(set(parts)) != len(parts):
+        raise ValueError(f"training.trainable={parts} names a part twice; name each part once")
+    inside = [part for part in ("lora", "llm_norms", "llm_embeddings") if part in parts]
+    if "llm" in parts and inside:
+        raise ValueError(
+            f"training.trainable={parts}: llm is the whole decoder, and {', '.join(inside)} part of it or beside it; leave "
+            f"{', '.join(inside)} out to train every weight (with model.lora.rank=0), or leave llm out"
+        )
+    if "lora" in parts and not rank:
+        raise ValueError(
+            f"training.trainable={parts} names lora, but model.lora.rank=0 builds no adapter; set --model.lora.rank 8 or leave out lora"
+        )
+    if rank and "lora" not in parts:
+        raise ValueError(
+            f"model.lora.rank={rank} builds adapters, but training.trainable={parts} does not train them and they would stay zero; "
+            "add lora to training.trainable or set --model.lora.rank 0"
+        )
+    if not all(pattern.strip() for pattern in config.training.may_see_no_gradient):
+        raise ValueError(
+            f"training.may_see_no_gradient={config.training.may_see_no_gradient} holds an empty pattern, which matches no name; remove it"
+        )
+
+
+def _check_checkpoint(config: Config) -> None:
+    parts = config.checkpoint.load_parts
+    if not parts or len(set(parts)) != len(parts):
+        raise ValueError(
+            f"checkpoint.load_parts={parts} must name at least one of vision, projector, llm, each once; to start from initialised weights "
+            "leave checkpoint.load empty"
+        )
 
 
 def _check_extras(config: Config) -> None:

@@ -21,73 +21,6 @@ def tiny(flags: str = "") -> Config:
 
 # flags that are refused, world size, words of the message, flags that make it legal
 RULES = {
-    "tiling": (
-        "--model.vision.preprocess dynamic",
-        1,
-        ["'dynamic'", "not supported", "'resize' or 'pad'"],
-        "--model.vision.preprocess pad",
-    ),
-    "image below patch": ("--model.vision.image_size 5", 1, ["image_size=5", "patch_size=7", "raise"], "--model.vision.image_size 14"),
-    "feature layer 0": ("--model.vision.select_layer 0", 1, ["select_layer=0", "-num_layers = -3", "-2"], "--model.vision.select_layer -1"),
-    "feature layer deep": ("--model.vision.select_layer -4", 1, ["select_layer=-4", "-num_layers = -3"], "--model.vision.select_layer -3"),
-    "vision head size": (
-        "--model.vision.num_attention_heads 5",
-        1,
-        ["hidden_size=32", "num_attention_heads=5", "config.json"],
-        "--model.vision.num_attention_heads 8",
-    ),
-    "vision heads over tp": (
-        "--model.vision.num_attention_heads 1 --parallel.tp_size 2",
-        2,
-        ["num_attention_heads=1", "tp_size=2", "--parallel.tp_size 1"],
-        "--model.vision.num_attention_heads 2 --parallel.tp_size 2",
-    ),
-    "vision mlp over tp": (
-        "--model.vision.ffn_hidden_size 63 --parallel.tp_size 2",
-        2,
-        ["ffn_hidden_size=63", "tp_size=2"],
-        "--model.vision.ffn_hidden_size 62 --parallel.tp_size 2",
-    ),
-    "query groups": (
-        "--model.llm.num_query_groups 3",
-        1,
-        ["heads=8", "num_query_groups=3", "config.json"],
-        "--model.llm.num_query_groups 2",
-    ),
-    "odd head": ("--model.llm.head_dim 15", 1, ["head_dim=15", "even"], "--model.llm.head_dim 14"),
-    "mlp over tp": (
-        "--model.llm.ffn_hidden_size 129 --parallel.tp_size 2",
-        2,
-        ["=129", "tp_size=2", "--parallel.tp_size 1"],
-        "--parallel.tp_size 2",
-    ),
-    "vocabulary over tp": (
-        "--parallel.tp_size 5 --model.vision.num_attention_heads 5 --model.vision.hidden_size 40 --model.vision.ffn_hidden_size 5 "
-        "--model.llm.num_attention_heads 20 --model.llm.num_query_groups 5 --model.llm.ffn_hidden_size 5",
-        5,
-        ["padded_vocab_size=384", "tp_size=5", "--parallel.tp_size 4"],
-        "--parallel.tp_size 5 --model.vision.num_attention_heads 5 --model.vision.hidden_size 40 --model.vision.ffn_hidden_size 5 "
-        "--model.llm.num_attention_heads 20 --model.llm.num_query_groups 5 --model.llm.ffn_hidden_size 5 --model.llm.vocab_size 640",
-    ),
-    "rotary base": ("--model.llm.rotary_base 1", 1, ["rotary_base=1", "1000000.0"], "--model.llm.rotary_base 1e4"),
-    "rope factor": (
-        '--model.llm.rope_scaling {"type":"linear","factor":0.5}',
-        1,
-        ["factor=0.5", "at least 1"],
-        '--model.llm.rope_scaling {"type":"linear","factor":4}',
-    ),
-    "rope bands": (
-        '--model.llm.rope_scaling {"type":"llama3","factor":8,"low_freq_factor":4}',
-        1,
-        ["low_freq_factor=4.0", "high_freq_factor=4.0", "1.0 and 4.0"],
-        '--model.llm.rope_scaling {"type":"llama3","factor":8}',
-    ),
-    "untrained positions": (
-        "--data.context_length 4097",
-        1,
-        ["context_length=4097", "max_position_embeddings=4096", "rotary_base"],
-        "--data.context_length 4096",
-    ),
     "kv heads over ulysses": (
         "--parallel.tp_size 2 --parallel.ulysses_size 4",
         8,
@@ -196,6 +129,43 @@ RULES = {
         ["attention_backend='flash'", "fp32", "--training.precision bf16"],
         "--model.attention_backend flash --training.precision bf16",
     ),
+    "no adapter to train": (
+        "--training.trainable [lora,llm_norms]",
+        1,
+        ["names lora", "rank=0", "--model.lora.rank 8"],
+        "--training.trainable [llm_norms]",
+    ),
+    "adapter not trained": (
+        "--model.lora.rank 8 --training.trainable [llm_norms]",
+        1,
+        ["rank=8", "stay zero", "add lora", "rank 0"],
+        "--model.lora.rank 8 --training.trainable [lora,llm_norms]",
+    ),
+    "whole decoder and adapters": (
+        "--model.lora.rank 8 --training.trainable [llm,lora]",
+        1,
+        ["'llm', 'lora'", "whole decoder", "leave lora out", "leave llm out"],
+        "--model.lora.rank 8 --training.trainable [lora,llm_embeddings]",
+    ),
+    "whole decoder and its parts": (
+        "--training.trainable [projector,llm,llm_norms,llm_embeddings]",
+        1,
+        ["whole decoder", "llm_norms, llm_embeddings", "leave llm_norms, llm_embeddings out"],
+        "--training.trainable [projector,llm]",
+    ),
+    "empty pattern": (
+        '--training.may_see_no_gradient ["a*",""]',
+        1,
+        ["['a*', '']", "empty pattern", "remove"],
+        '--training.may_see_no_gradient ["a*"]',
+    ),
+    "nothing to load": (
+        "--checkpoint.load_parts []",
+        1,
+        ["load_parts=[]", "at least one of vision, projector, llm", "leave checkpoint.load empty"],
+        "--checkpoint.load_parts [llm]",
+    ),
+    "load twice": ("--checkpoint.load_parts [llm,llm]", 1, ["load_parts", "each once"], "--checkpoint.load_parts [llm,vision]"),
     "keep none": ("--checkpoint.keep_last 0", 1, ["keep_last=0", "positive", "2"], "--checkpoint.keep_last 1"),
     "negative interval": ("--checkpoint.save_interval -1", 1, ["save_interval=-1", "0 turns it off"], "--checkpoint.save_interval 0"),
     "no time": ("--parallel.timeout_s 0", 1, ["timeout_s=0", "positive", "600"], "--parallel.timeout_s 1.5"),

@@ -17,6 +17,7 @@ LAYERS = {
     "config": 1,
     "config_io": 1,
     "config_check": 1,
+    "config_check_model": 1,
     "mesh": 1,
     "parallel": 2,
     "attention": 3,
@@ -29,7 +30,7 @@ LAYERS = {
     "train": 8,
     "doctor": 8,
 }
-CONFIGURATION = {"config", "config_io", "config_check", "mesh"}
+CONFIGURATION = {"config", "config_io", "config_check", "config_check_model", "mesh"}
 ALLOWED = {("evaluation", "inference")} | {(upper, lower) for upper in CONFIGURATION for lower in CONFIGURATION}
 FORBIDDEN = {("data", "models"), ("models", "data")}
 ENTRY_POINTS = {"train", "doctor", "platform"}
