@@ -3,6 +3,7 @@
 A checkpoint is a folder `step_0000010` with Megatron's `torch_dist` files, the resolved `config.yaml`, and `complete.json`, which lists
 every file with its size. It is written under a hidden name and renamed when complete: a kill at any moment leaves the previous one usable.
 `passengers.safetensors`, if an imported model had tensors that do not reach the loss, goes along from checkpoint to checkpoint unchanged.
+`tokens.json` says what the token ids of the run mean.
 The files hold pickled Python objects: load only checkpoints you trust.
 """
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megatron_longvila import config_io, platform
+from megatron_longvila.checkpoint.origin import COMPLETE, TOKENS, describe_origin
 from megatron_longvila.config import Config
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
@@ -34,13 +36,13 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-COMPLETE = "complete.json"
 PASSENGERS = "passengers.safetensors"
 _HASHED_BYTES = 16 << 20  # larger files are checked by size alone: reading all of a checkpoint again would cost minutes
 
 
 class Resumable(Protocol):
-    """Something whose state is a dict of plain values and tensors, the same on all ranks: the schedule, the loader."""
+    """Something whose state is a dict of plain values and tensors, the same on all ranks: the schedule, the loader. (Of the totals, which
+    hold a time, rank 0's are written.)"""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -53,22 +55,28 @@ class TrainingState:
     Attributes:
         model: the bare model chunk of this rank, not its DDP wrapper (whose keys begin with "module.").
         optimizer: Megatron's optimizer of that chunk.
+        totals: what the run has done so far; None is not written.
     """
 
     model: torch.nn.Module
     optimizer: Any
     scheduler: Resumable
     loader: Resumable
+    totals: Resumable | None = None
 
 
 class Checkpoints:
     """The checkpoints of one run directory. Every public method is collective: all ranks call it together."""
 
-    def __init__(self, root: Path, config: Config, groups: Groups):
-        """`root` is created by the first save. Raises ValueError if checkpoint.keep_last is below 1."""
+    def __init__(self, root: Path, config: Config, groups: Groups, tokens: dict[str, Any] | None = None):
+        """`root` is created by the first save; `tokens` is what each checkpoint says of its token ids (`origin.describe_tokens`).
+
+        Raises ValueError if checkpoint.keep_last is below 1.
+        """
         if config.checkpoint.keep_last < 1:
             raise ValueError(f"checkpoint.keep_last={config.checkpoint.keep_last} must be at least 1: the newest checkpoint is always kept")
-        self.root, self.config, self.groups = root, config, groups
+        self.root, self.config, self.groups, self.tokens = root, config, groups, tokens
+        self.origin = describe_origin(config)
         self._passengers = Path(config.checkpoint.load, PASSENGERS) if config.checkpoint.load else None
         self._pending = AsyncCallsQueue(persistent=False) if config.checkpoint.async_save else None
 
@@ -91,6 +99,8 @@ class Checkpoints:
             "scheduler": state.scheduler.state_dict(),
             "loader": state.loader.state_dict(),
         }
+        if state.totals is not None:
+            sharded["totals"] = state.totals.state_dict()
         request = dist_checkpointing.save(
             sharded,
             str(folder),
@@ -116,6 +126,10 @@ class Checkpoints:
         if self._pending is not None and self._pending.get_num_unfinalized_calls():
             self._pending.maybe_finalize_async_calls(blocking=True)
 
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, or would lie."""
+        return self.root / _name(step)
+
     def newest(self) -> Path | None:
         """The newest complete and undamaged checkpoint; those passed over are named in the log. Rank 0 looks, all ranks get its answer."""
         found = [self._search() if dist.get_rank() == 0 else None]
@@ -131,11 +145,16 @@ class Checkpoints:
             ValueError: the checkpoint holds weights alone, or was written by another version, with another optimizer backend or while other
                 parts trained, or the loader refuses its state.
         """
-        progress = _read_progress(folder)
+        progress = read_progress(folder)
         if not progress["layout"]:
             raise ValueError(
                 f"{folder} holds weights alone, no optimizer state and no data position to continue from; "
                 f"start a run from it with --checkpoint.load {folder} and another output_dir"
+            )
+        if "origin" not in progress:
+            raise ValueError(
+                f"{folder} was written by an earlier version of this program and does not say what weights its run began with; "
+                f"start a new run from it with --checkpoint.load {folder} and another output_dir"
             )
         wanted = self._progress(progress["step"])
         for name, field in (("optimizer_backend", "optimizer.backend"), ("trainable", "training.trainable")):
@@ -156,16 +175,18 @@ class Checkpoints:
         state.optimizer.load_state_dict(loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["scheduler"])
         state.loader.load_state_dict(loaded["loader"])
+        if state.totals is not None:
+            state.totals.load_state_dict(loaded["totals"])
         if same_layout:
             platform.set_rng_state(loaded["rng"])
-        self._passengers = folder / PASSENGERS
+        self._passengers, self.origin = folder / PASSENGERS, progress["origin"]
         if dist.get_rank() == 0:
             logger.info("resumed from %s (step %d, written on %s)", folder, progress["step"], progress["layout"])
         return progress["step"]
 
     def _progress(self, step: int) -> dict[str, Any]:
         progress = {"version": VERSION, "step": step, "layout": self._layout(), "optimizer_backend": self.config.optimizer.backend}
-        return progress | {"trainable": sorted(self.config.training.trainable)}
+        return progress | {"trainable": sorted(self.config.training.trainable), "origin": self.origin}
 
     def _layout(self) -> dict[str, int | str]:
         mesh = self.groups.mesh
@@ -176,6 +197,8 @@ class Checkpoints:
         """Mark the written folder complete, give it its name, point `latest` at it and remove the oldest."""
         if dist.get_rank() == 0:
             config_io.save(self.config, folder / "config.yaml")
+            if self.tokens is not None:
+                write_text(folder / TOKENS, json.dumps(self.tokens, indent=1) + "\n")
             if self._passengers is not None and self._passengers.exists():
                 shutil.copy(self._passengers, folder)
             mark_complete(folder)
@@ -213,7 +236,7 @@ def load_weights(folder: Path, model: torch.nn.Module, groups: Groups) -> None:
     damage = find_damage(folder)
     if damage is not None:
         raise ValueError(f"checkpoint.load={folder} cannot be used: {damage}")
-    _read_progress(folder)
+    read_progress(folder)
     loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=_metadata(groups))}, str(folder))
     model.load_state_dict(loaded["model"])
 
@@ -307,11 +330,17 @@ def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
 
 
 def _comparable(common: dict[str, Any]) -> dict[str, Any]:
-    """The part of the common state that must be the same on all ranks: the optimizer's gathered state exists on one rank per group only."""
-    return {key: value for key, value in common.items() if key != "optimizer"}
+    """The part of the common state that must be the same on all ranks: the optimizer's gathered state exists on one rank per group only,
+    and the totals hold each rank's time."""
+    return {key: value for key, value in common.items() if key not in ("optimizer", "totals")}
 
 
-def _read_progress(folder: Path) -> dict[str, Any]:
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, layout, what trained, and the weights its run began with.
+
+    Raises:
+        ValueError: it has another format.
+    """
     progress = dist_checkpointing.load_common_state_dict(str(folder)).get("progress")
     if progress is None or progress["version"] != VERSION:
         found = None if progress is None else progress["version"]

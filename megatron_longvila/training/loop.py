@@ -19,20 +19,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_longvila import config_io, platform
-from megatron_longvila.checkpoint.sharded import Checkpoints, TrainingState, load_weights
+from megatron_longvila.checkpoint.origin import describe_tokens
+from megatron_longvila.checkpoint.sharded import PASSENGERS, Checkpoints, TrainingState
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check
 from megatron_longvila.data.batch import MicroBatch
 from megatron_longvila.data.loader import Loader, Place
 from megatron_longvila.data.shards import open_dataset
 from megatron_longvila.data.text import load_tokenizer
-from megatron_longvila.models.init import initialize_weights
 from megatron_longvila.models.longvila import build_model
 from megatron_longvila.parallel.groups import Groups, initialize_groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 from megatron_longvila.training import metrics
 from megatron_longvila.training.loss import token_loss
 from megatron_longvila.training.optimizer import apply_settings, build_optimizer, build_scheduler, freeze, step, wrap_ddp
+from megatron_longvila.training.stages import TrainableCheck, check_passengers, count_parameters, describe_counts, fill_model
 from megatron_longvila.training.stopping import StopSignal, raise_bad_gradients, raise_bad_loss
 
 from megatron.core.distributed import DistributedDataParallel  # isort: skip
@@ -40,6 +41,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: 
 
 logger = logging.getLogger(__name__)
 
+SUMMARY = "run_summary.json"
 PACE_STEPS = 50  # the ETA follows the mean of so many recent steps
 
 
@@ -51,6 +53,9 @@ class Run:
         model: DDP around this rank's pipeline stage.
         state: the same model bare, with optimizer, schedule and loader: what a checkpoint holds.
         evaluation: loader of the held-out rows, None without a held-out set.
+        check: whether what should train does and the rest does not; None without training.check_trainable.
+        parameters: how many parameters of each part train and do not.
+        origin: the folder whose weights the run began with; None if they were fresh or nothing is compared with them.
         first_step: steps done by the run this one continues.
     """
 
@@ -60,6 +65,9 @@ class Run:
     state: TrainingState
     checkpoints: Checkpoints
     evaluation: Loader | None
+    check: TrainableCheck | None
+    parameters: dict[str, dict[str, int]]
+    origin: Path | None
     total_steps: int
     first_step: int
     folder: Path
@@ -100,22 +108,21 @@ def build_run(config: Config) -> Run:
     """Groups, model, optimizer, data and, if there is something to continue, its state."""
     groups = initialize_groups(check(config, dist.get_world_size()), timeout_s=config.parallel.timeout_s)
     platform.seed(config.training.seed, groups.pp.rank())
-    folder = Path(config.output_dir)
-    checkpoints = Checkpoints(folder / "checkpoints", config, groups)
+    folder, tokenizer = Path(config.output_dir), load_tokenizer(config.data.tokenizer)
+    checkpoints = Checkpoints(folder / "checkpoints", config, groups, describe_tokens(tokenizer, config))
     newest = checkpoints.newest()
     if newest is not None and not config.checkpoint.resume:
         raise ValueError(
             f"output_dir={folder} holds checkpoints up to {newest.name} and checkpoint.resume=false; choose another output_dir, or resume"
         )
     model = build_model(config, groups)
-    initialize_weights(model, config, config.training.seed)
-    if config.checkpoint.load and newest is None:
-        load_weights(Path(config.checkpoint.load), model, groups)
+    origin = fill_model(model, checkpoints, newest)
     freeze(model, config.training.trainable)
     wrapped = wrap_ddp(model, config)
     optimizer = build_optimizer(wrapped, config)
+    totals = metrics.Totals()
+    trainable_check = TrainableCheck(model, optimizer, config, totals) if config.training.check_trainable else None
 
-    tokenizer = load_tokenizer(config.data.tokenizer)
     place = Place.of(groups, sequence_parallel=config.parallel.sequence_parallel)
     open_loader = partial(Loader, config, place, tokenizer=tokenizer, cache_dir=folder / "cache", report_path=folder / "data_report.jsonl")
     loader = open_loader([open_dataset(path) for path in config.data.train])
@@ -125,16 +132,19 @@ def build_run(config: Config) -> Run:
         evaluation = open_loader(held_out, evaluation=True)
 
     scheduler = build_scheduler(optimizer, config, loader.num_steps)
-    state = TrainingState(model, optimizer, scheduler, loader)
+    state = TrainingState(model, optimizer, scheduler, loader, totals)
     first_step = checkpoints.resume(state, newest) if newest is not None else 0
     apply_settings(optimizer, scheduler, config)
-    return Run(config, groups, wrapped, state, checkpoints, evaluation, loader.num_steps, first_step, folder)
+    counts = count_parameters(model, config, groups)
+    steps = (loader.num_steps, first_step)
+    return Run(config, groups, wrapped, state, checkpoints, evaluation, trainable_check, counts, origin, *steps, folder)
 
 
 def fit(run: Run, stop: StopSignal) -> None:
     """Step from `run.first_step` to the end of the run, or to the step in which any rank got a signal."""
     log = open_log(run) if dist.get_rank() == 0 else None
-    pace, config = Pace(), run.config
+    pace, config, totals = Pace(), run.config, run.state.totals
+    totals.start()
     interval, evaluation_interval = config.checkpoint.save_interval, config.training.evaluation_interval
     with contextlib.closing(iter(run.state.loader)) as batches:
         for number in range(run.first_step + 1, run.total_steps + 1):
@@ -144,6 +154,9 @@ def fit(run: Run, stop: StopSignal) -> None:
             lr = run.state.optimizer.param_groups[0]["lr"]
             result = train_step(run, batch, number, stop.requested)
             pace.recent_s.append(time.perf_counter() - start)
+            totals.add(tokens=result["tokens"], labelled_tokens=result["labels"], frames=result["frames"])
+            if run.check is not None:
+                run.check.after_step(number, lr=lr, frames=result["frames"], labels=result["labels"])
             report(run, log, pace, number, batch, {"lr": lr, "waited_s": waited} | result)
             last = number == run.total_steps
             if (last and config.checkpoint.save_at_end) or result["stop"] or (interval and number % interval == 0):
@@ -155,16 +168,29 @@ def fit(run: Run, stop: StopSignal) -> None:
             if run.evaluation is not None and (last or (evaluation_interval and number % evaluation_interval == 0)):
                 record_evaluation(run, number, evaluate(run))
     run.checkpoints.wait()
+    done = number if run.first_step < run.total_steps else run.total_steps
+    if done == run.total_steps:
+        check_end(run)
     if dist.get_rank() == 0:
-        finish(run, log, number if run.first_step < run.total_steps else run.total_steps)
+        finish(run, log, done)
+
+
+def check_end(run: Run) -> None:
+    """What trained and what did not, over the whole run. Collective over all ranks; raises TrainableError."""
+    if run.check is None:
+        return
+    run.check.check(f"after the last step {run.total_steps}")
+    last = run.checkpoints.folder(run.total_steps)
+    if run.origin is not None and last.exists():
+        check_passengers(run.origin / PASSENGERS, last / PASSENGERS)
 
 
 def train_step(run: Run, batch: list[MicroBatch], number: int, stop_requested: bool) -> dict[str, Any]:
     """Forward, backward and update for one global batch.
 
     Returns:
-        loss (None without labels), grad_norm (None without an update), tokens, frames and flops of the global batch, and `stop`: whether
-        any rank asks to stop. All are the same on every rank.
+        loss (None without labels), grad_norm (None without an update), tokens, labels, frames and flops of the global batch, and `stop`:
+        whether any rank asks to stop. All are the same on every rank.
     """
     optimizer = run.state.optimizer
     run.model.zero_grad_buffer()
@@ -184,6 +210,7 @@ def train_step(run: Run, batch: list[MicroBatch], number: int, stop_requested: b
         "loss": loss_sum / count if count else None,
         "grad_norm": grad_norm,
         "tokens": tokens,
+        "labels": count,
         "frames": frames,
         "flops": flops + metrics.row_cost(run.config).label * count,
         "stop": stop > 0,
@@ -298,7 +325,10 @@ def gather_sample_ids(run: Run, batch: list[MicroBatch]) -> list[list[str]]:
 def open_log(run: Run) -> metrics.MetricsLog:
     """Prepare the run directory. For rank 0."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "interrupted").unlink(missing_ok=True)
+    for name in ("interrupted", SUMMARY):
+        (run.folder / name).unlink(missing_ok=True)
+    metrics.write_json(run.folder / "parameters.json", run.parameters)
+    logger.info("trainable: %s\n%s", ", ".join(run.config.training.trainable), describe_counts(run.parameters))
     config_io.save(run.config, run.folder / "config.yaml")
     metrics.keep_until(run.folder / "evaluation.jsonl", run.first_step)
     logger.info("steps %d to %d on %s", run.first_step + 1, run.total_steps, run.groups.mesh)
@@ -321,4 +351,25 @@ def finish(run: Run, log: metrics.MetricsLog, number: int) -> None:
         return
     if number > run.first_step:
         logger.info("loss curve: %s", metrics.plot_loss(run.folder))
+    metrics.write_json(run.folder / SUMMARY, summarise(run))
     logger.info("finished after step %d; everything is in %s", number, run.folder)
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """The content of run_summary.json, which only a run that reached its last step and passed its checks has. For rank 0."""
+    steps, evaluations = (metrics.read_lines(run.folder / name) for name in ("metrics.jsonl", "evaluation.jsonl"))
+    totals, last = run.state.totals, run.checkpoints.folder(run.total_steps)
+    return {
+        "steps": run.total_steps,
+        "tokens": totals.tokens,
+        "labelled_tokens": totals.labelled_tokens,
+        "frames": totals.frames,
+        "wall_s": round(totals.wall_s, 3),
+        "loss": steps[-1]["loss"],
+        "evaluation_loss": evaluations[-1]["loss"] if evaluations else None,
+        "memory_gib": max(line["memory_gib"] for line in steps),
+        "num_ranks": run.groups.mesh.world_size,
+        "parameters": run.parameters,
+        "input": run.checkpoints.origin["load"],
+        "checkpoint": str(last.relative_to(run.folder)) if last.exists() else None,
+    }

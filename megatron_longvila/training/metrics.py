@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,6 +127,50 @@ class StepMetrics:
             f"{self.frames_per_s:.1f} frames/s{mfu} | data wait {self.data_wait_s:.2f} s | {self.memory_gib:.2f} GiB | "
             f"skipped {self.skipped_samples} | eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
         )
+
+
+@dataclass
+class Totals:
+    """What a run has done so far, the parts before a resume included; every checkpoint holds it.
+
+    Attributes:
+        tokens, labelled_tokens, frames: of all global batches, unpadded.
+        counted_steps: see `stages.TrainableCheck`.
+        earlier_s: wall time of the parts that the loaded checkpoint ends; what a kill undid does not count.
+    """
+
+    tokens: int = 0
+    labelled_tokens: int = 0
+    frames: int = 0
+    counted_steps: int = 0
+    earlier_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of training so far, evaluations and checkpoints included."""
+        return self.earlier_s + time.perf_counter() - self._start
+
+    def start(self) -> None:
+        """Let the time run from here."""
+        self._start = time.perf_counter()
+
+    def add(self, *, tokens: float, labelled_tokens: float, frames: float) -> None:
+        """Count a step."""
+        self.tokens += round(tokens)
+        self.labelled_tokens += round(labelled_tokens)
+        self.frames += round(frames)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self) | {"earlier_s": self.wall_s}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 class MetricsLog:
