@@ -20,6 +20,7 @@ setup(
         "safetensors",
         "sentencepiece",
         "tokenizers",
+        "zstandard",
         "webdataset",
         "av>=17,<19",
         "pillow",

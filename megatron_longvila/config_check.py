@@ -53,12 +53,16 @@ def resolve(config: Config, *, world_size: int, gpus_per_host: int) -> Config:
 def check_inputs(config: Config) -> None:
     """Raises ValueError if a dataset, the tokenizer or the checkpoint a training run names is not there."""
     if not config.data.train:
-        raise ValueError("data.train=[] must name at least one folder written by tools/preprocess_video.py; set --data.train '[DIR]'")
+        raise ValueError(
+            "data.train=[] must name at least one folder written by tools/preprocess_video.py or tools/preprocess_text.py; "
+            "set --data.train '[DIR]'"
+        )
     for name, folders in (("train", config.data.train), ("evaluation", config.data.evaluation)):
         for folder in folders:
             if not Path(folder, "dataset.json").is_file():
                 raise ValueError(
-                    f"data.{name}: {folder!r} holds no dataset.json; write it with tools/preprocess_video.py --output {folder}"
+                    f"data.{name}: {folder!r} holds no dataset.json; write it with tools/preprocess_video.py --output {folder} "
+                    "(or tools/preprocess_text.py for plain text)"
                 )
     if not config.data.tokenizer:
         raise ValueError(

@@ -84,6 +84,7 @@ def evaluate(config: Config, folders: list[Path], *, blank_frames: bool) -> dict
     from megatron_longvila.data.loader import Loader, Place
     from megatron_longvila.data.shards import open_dataset
     from megatron_longvila.data.text import load_tokenizer
+    from megatron_longvila.data.text_rows import TextDataset
     from megatron_longvila.evaluation.answers import predict_labels, score_answers, summarise
     from megatron_longvila.models.init import mark_parameters
     from megatron_longvila.models.longvila import build_model
@@ -98,6 +99,11 @@ def evaluate(config: Config, folders: list[Path], *, blank_frames: bool) -> dict
     load_weights(Path(config.checkpoint.load), model, groups)
 
     tokenizer, datasets = load_tokenizer(config.data.tokenizer), [open_dataset(folder) for folder in folders]
+    for dataset in datasets:
+        if isinstance(dataset, TextDataset):
+            raise ValueError(
+                f"--data {dataset.path} holds rows of text, which have no questions; give folders of tools/preprocess_video.py"
+            )
     index = SampleIndex(
         datasets, tokenizer, config.data, tokens_per_frame=config.model.tokens_per_frame, vocab_size=config.model.llm.vocab_size
     )

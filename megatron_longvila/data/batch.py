@@ -41,9 +41,10 @@ class Row:
 
     @cached_property
     def spec(self) -> RowSpec:
-        """What the plan needs."""
+        """What the plan needs. A text row that is attended document by document is several samples to it."""
         frame_starts = [start + frame for start, sample in zip(self.starts, self.samples, strict=False) for frame in sample.frame_starts]
-        return RowSpec(tuple(map(len, self.samples)) or (1,), tuple(frame_starts), self.tokens_per_frame)
+        lengths = tuple(length for sample in self.samples for length in sample.piece_lengths or (len(sample),))
+        return RowSpec(lengths or (1,), tuple(frame_starts), self.tokens_per_frame)
 
     @cached_property
     def frame_places(self) -> np.ndarray:
@@ -74,7 +75,7 @@ class MicroBatch:
         positions_T: int64; rotary positions.
         sample_ids: every sample of the row, failed ones too.
         skipped: ids of the samples whose labels are all ignored because their media failed.
-        sample_lengths: tokens of each sample of the whole row, without padding.
+        sample_lengths: tokens of each stretch of the whole row that is attended by itself, without padding; none in a padding row.
         num_frames: of the whole row.
     """
 
@@ -118,7 +119,7 @@ def build_micro_batch(row: Row, plan: RankPlan, frames_FSS3: torch.Tensor, faile
         plan,
         row.sample_ids,
         tuple(row.sample_ids[place] for place in sorted(failed_places)),
-        sample_lengths=tuple(map(len, row.samples)),
+        sample_lengths=row.spec.sample_lengths if row.samples else (),
         num_frames=len(row.frame_places),
     )
 

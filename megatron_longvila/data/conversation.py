@@ -55,12 +55,14 @@ class Encoded:
         labels_L: int64; the token after position i where that one is trained, else IGNORE_INDEX (always at the last position).
         frame_starts: index of the first visual token of each frame, in increasing order.
         frame_sources: (medium of the sample, frame of that medium) of each frame.
+        piece_lengths: tokens of the pieces that are attended and numbered each by itself; empty for a sample that is one piece.
     """
 
     input_ids_L: np.ndarray
     labels_L: np.ndarray
     frame_starts: tuple[int, ...]
     frame_sources: tuple[tuple[int, int], ...]
+    piece_lengths: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids_L)

@@ -18,6 +18,7 @@ from megatron_longvila.data.conversation import Encoded, check_template, encode
 from megatron_longvila.data.mixture import PACKING_RULE, UNUSABLE
 from megatron_longvila.data.shards import Dataset, Media, Sample
 from megatron_longvila.data.text import Tokenizer
+from megatron_longvila.data.text_rows import TextDataset, TextRow
 from megatron_longvila.data.video import select_frames
 
 CODE_VERSION = 1  # raise when templates or frame rules give other tokens than before
@@ -34,11 +35,24 @@ class SampleIndex:
         vocab_size: rows of the embedding table; a larger id is refused.
 
     Raises:
-        ValueError: the tokenizer lacks a special token of `config.template`, or there is no sample at all.
+        ValueError: the tokenizer lacks a special token of `config.template`, there is no sample at all, or text rows were made for
+            another tokenizer or longer rows.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], tokenizer: Tokenizer, config: DataConfig, *, tokens_per_frame: int, vocab_size: int):
-        check_template(config.template, tokenizer)
+    def __init__(
+        self,
+        datasets: Sequence[Dataset | TextDataset],
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        *,
+        tokens_per_frame: int,
+        vocab_size: int,
+    ):
+        for dataset in datasets:
+            if isinstance(dataset, TextDataset):
+                _check_text_rows(dataset, tokenizer, config, vocab_size)
+        if any(not isinstance(dataset, TextDataset) for dataset in datasets):
+            check_template(config.template, tokenizer)
         self._datasets, self._tokenizer, self._config = list(datasets), tokenizer, config
         self.tokens_per_frame, self.vocab_size = tokens_per_frame, vocab_size
         self._first = np.cumsum([0, *(len(dataset.samples) for dataset in self._datasets)])
@@ -54,7 +68,12 @@ class SampleIndex:
         """Text tokens that follow each frame."""
         return self._tokenizer.newline_ids
 
-    def locate(self, number: int) -> tuple[Dataset, Sample]:
+    @property
+    def is_text(self) -> bool:
+        """Whether all samples are text rows, whose lengths need no measuring."""
+        return all(isinstance(dataset, TextDataset) for dataset in self._datasets)
+
+    def locate(self, number: int) -> tuple[Dataset | TextDataset, Sample | TextRow]:
         """The folder that sample `number` comes from, and the sample as it was preprocessed."""
         place = self._place(number)
         dataset = self._datasets[place]
@@ -77,6 +96,8 @@ class SampleIndex:
 
     def _encode(self, number: int, tokens_per_frame: int, context_length: int | None) -> Encoded:
         dataset, sample = self.locate(number)
+        if isinstance(dataset, TextDataset):
+            return dataset.encode(self.line(number) - 1, self._config.text_attention)
         encoded = encode(
             sample.conversations,
             self._tokenizer,
@@ -100,13 +121,14 @@ class SampleIndex:
         """What decides rows and their order, by name; equal dictionaries mean equal rows for equal seeds."""
         config, video = self._config, self._config.video
         fps = "" if video.frame_rule == "uniform" else f" fps={video.fps}"
+        text = any(isinstance(dataset, TextDataset) for dataset in self._datasets)
         return {
             "index": hashlib.sha256("\n".join(dataset.hash for dataset in self._datasets).encode()).hexdigest()[:16],
             "tokenizer": self._tokenizer.hash[:16],
             "template": f"{config.template} (version {CODE_VERSION})",
             "frames": f"{video.frame_rule} num_frames={video.num_frames}{fps} tokens_per_frame={self.tokens_per_frame}",
             "packing": f"context_length={config.context_length}, {PACKING_RULE}",
-        }
+        } | ({"text_attention": config.text_attention} if text else {})
 
     def measure(self, numbers: Sequence[int], *, show_bar: bool = False) -> tuple[np.ndarray, dict[int, str]]:
         """Token lengths of samples `numbers` (UNUSABLE where encoding fails, int64) and the reasons of the failures.
@@ -115,6 +137,9 @@ class SampleIndex:
         """
 
         def measure_one(number: int) -> tuple[int, str]:
+            dataset = self._datasets[self._place(number)]
+            if isinstance(dataset, TextDataset):
+                return dataset.row_length, ""
             try:  # without visual tokens, which need no laying out to be counted
                 encoded = self._encode(number, 0, None)
             except ValueError as error:
@@ -177,6 +202,26 @@ class LengthCache:
                 os.replace(partial, path)  # readers see the whole file or none
                 return path
         return None
+
+
+def _check_text_rows(dataset: TextDataset, tokenizer: Tokenizer, config: DataConfig, vocab_size: int) -> None:
+    """Raises ValueError if the rows were not made for this configuration."""
+    header, again = dataset.header, "or make rows of its own with tools/preprocess_text.py (another --output)"
+    if header.tokenizer_hash != tokenizer.hash:
+        raise ValueError(
+            f"{dataset.path} was tokenised with {header.tokenizer} (sha256 {header.tokenizer_hash[:16]}), but data.tokenizer="
+            f"{config.tokenizer!r} has sha256 {tokenizer.hash[:16]}: its ids mean other text; use the former, {again}"
+        )
+    if header.row_length > config.context_length:
+        raise ValueError(
+            f"{dataset.path} holds rows of {header.row_length} tokens, more than data.context_length={config.context_length}; "
+            f"set --data.context_length {header.row_length}, {again.replace('of its own', f'of {config.context_length}')}"
+        )
+    if header.largest_id >= vocab_size:
+        raise ValueError(
+            f"{dataset.path} holds the token id {header.largest_id}, which is outside model.llm.vocab_size={vocab_size}; the tokenizer "
+            "and the model differ"
+        )
 
 
 def _bar(results, blocks: list, show: bool):

@@ -30,6 +30,7 @@ from megatron_longvila.data.mixture import UNUSABLE, RowSchedule, check_same_dat
 from megatron_longvila.data.report import BadSamples
 from megatron_longvila.data.shards import Dataset
 from megatron_longvila.data.text import Tokenizer
+from megatron_longvila.data.text_rows import TextDataset
 from megatron_longvila.data.video import decode_frames
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.parallel.plan import RankPlan, plan_row
@@ -120,7 +121,7 @@ class Loader:
         self,
         config: Config,
         place: Place,
-        datasets: Sequence[Dataset],
+        datasets: Sequence[Dataset | TextDataset],
         tokenizer: Tokenizer,
         *,
         evaluation: bool = False,
@@ -328,6 +329,8 @@ class Loader:
 
 def _measure(index: SampleIndex, cache: LengthCache, place: Place) -> tuple[np.ndarray, dict[int, str]]:
     """Token lengths of all samples and the reasons of the unusable ones: from the cache, else each rank measures its share."""
+    if index.is_text:
+        return index.measure(range(len(index)))
     if place.replica is None:
         found = cache.read()
         if found is None:

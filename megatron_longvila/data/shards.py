@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_longvila.data.media import DEFAULT_LIMITS, ByteRange, MediaError, MediaLimits, Source, frame_files, resolve_below
+from megatron_longvila.data.text_rows import TextDataset, open_text_rows
 
 VERSION = 1
 _REBUILD = "run tools/preprocess_video.py again with the same --output (it only redoes what is missing)"
@@ -186,8 +187,8 @@ class Dataset:
         return ByteRange(str(shard), media.offset, media.size)
 
 
-def open_dataset(path: str | Path) -> Dataset:
-    """Open a folder written by tools/preprocess_video.py.
+def open_dataset(path: str | Path) -> Dataset | TextDataset:
+    """Open a folder written by tools/preprocess_video.py or tools/preprocess_text.py.
 
     Raises:
         ValueError: no such folder, unfinished, of another version, or changed since; names the file, the line and the way out.
@@ -196,12 +197,17 @@ def open_dataset(path: str | Path) -> Dataset:
     header_path = path / "dataset.json"
     if not header_path.is_file():
         state = "is not a folder" if not path.is_dir() else "has no dataset.json: it is no dataset, or its preprocessing has not finished"
-        raise ValueError(f"{path} {state}; make it with tools/preprocess_video.py --input ROWS --media_root MEDIA --output {path}")
+        raise ValueError(
+            f"{path} {state}; make it with tools/preprocess_video.py --input ROWS --media_root MEDIA --output {path} "
+            "(or tools/preprocess_text.py for plain text)"
+        )
     try:
         header = json.loads(header_path.read_bytes())
-        version, expected = header["version"], header["hash"]
-    except (ValueError, KeyError, TypeError) as error:
+        kind, version, expected = header.get("kind"), header["version"], header["hash"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{header_path} is damaged ({error}); {_REBUILD}") from None
+    if kind == "text":
+        return open_text_rows(path, header)
     if version != VERSION:
         raise ValueError(f"{header_path} has version {version}, this code reads version {VERSION}; preprocess again into a new folder")
     for name in ("samples.jsonl", "media.jsonl"):
