@@ -10,7 +10,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_longvila import platform
-from megatron_longvila.config import Config, LLMConfig, ModelConfig, ParallelConfig, ProjectorConfig, TrainingConfig, VisionConfig
+from megatron_longvila.config import (
+    Config,
+    LLMConfig,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    ProjectorConfig,
+    TrainingConfig,
+    VisionConfig,
+)
 from megatron_longvila.mesh import Mesh
 from megatron_longvila.parallel.groups import destroy_groups, initialize_groups
 from megatron_longvila.parallel.plan import IGNORE_INDEX, PLACEHOLDER_ID, RowSpec, plan_row
@@ -71,6 +80,7 @@ def tiny_config(architecture: str = "qwen2", tie_embeddings: bool = False, **ove
         vision=VisionConfig(IMAGE_SIZE, 7, 32, 48, 3, 4, frames_per_micro_batch=2),
         projector=ProjectorConfig("mlp_downsample"),
         llm=LLMConfig(architecture, 64, 96, 4, 8, 4, 16, VOCAB_SIZE, 256, 10_000.0, tie_embeddings=tie_embeddings),
+        lora=LoraConfig(**overrides.pop("lora", {})),
         init_std=0.1,
     )
     training = TrainingConfig(precision="fp32", loss_chunk_rows=5, **overrides.pop("training", {}))
@@ -127,6 +137,7 @@ def build(config: Config, mesh_sizes: dict[str, int], state: dict | None, overla
 
     from megatron_longvila.checkpoint.hf import load_full_state
     from megatron_longvila.models.longvila import build_model
+    from megatron_longvila.training.optimizer import freeze
 
     mesh = Mesh(dist.get_world_size(), **{"tp_size": 1, "pp_size": 1, "ulysses_size": 1, "ring_size": 1} | mesh_sizes)
     groups = initialize_groups(mesh, timeout_s=60)
@@ -134,9 +145,7 @@ def build(config: Config, mesh_sizes: dict[str, int], state: dict | None, overla
     model = build_model(config, groups)
     if state is not None:
         load_full_state(model, state, config, groups)
-    parts = {"vision": "vision_tower.", "projector": "projector.", "llm": "language_model."}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(name.startswith(parts[part]) for part in trainable))
+    freeze(model, list(trainable))
     # Small buckets, so that overlapping has several to keep apart; whole gradients on every rank, so that they can be compared.
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=False, bucket_size=2000

@@ -55,8 +55,30 @@ class Rule:
 
 
 def rules(config: Config) -> list[Rule]:
-    """Every tensor of the model `config` describes, exactly once."""
+    """Every tensor of the model `config` describes, exactly once; adapters are not among them (`adapter_rules`)."""
     return [*_vision_rules(config), *_projector_rules(config), *_llm_rules(config)]
+
+
+def adapter_rules(config: Config) -> list[Rule]:
+    """Every adapter matrix of the model `config` describes; the sources are PEFT's names for an adapter of the decoder alone."""
+    llm, lora = config.model.llm, config.model.lora
+    queries, groups = llm.num_attention_heads * llm.head_dim, llm.num_query_groups * llm.head_dim
+    sizes = {
+        "q": (llm.hidden_size, queries),
+        "k": (llm.hidden_size, groups),
+        "v": (llm.hidden_size, groups),
+        "o": (queries, llm.hidden_size),
+    }
+    found = []
+    for index in range(llm.num_layers if lora.rank else 0):
+        for part, (inputs, outputs) in sizes.items():
+            linear = "linear_proj" if part == "o" else "linear_qkv"
+            target = f"language_model.decoder.layers.{index}.self_attention.{linear}.lora.{part}"
+            source = f"base_model.model.model.layers.{index}.self_attn.{part}_proj.lora"
+            if part in lora.targets:
+                found.append(_copy(f"{target}.A", f"{source}_A.weight", lora.rank, inputs))
+                found.append(_copy(f"{target}.B", f"{source}_B.weight", outputs, lora.rank))
+    return found
 
 
 def to_megatron(hf_state: State, config: Config, *, resize_positions: bool = False) -> tuple[State, State]:
@@ -97,7 +119,7 @@ def to_megatron(hf_state: State, config: Config, *, resize_positions: bool = Fal
 
 
 def from_megatron(state: State, passengers: State, config: Config, *, inner_prefix: bool = True) -> State:
-    """LongVILA's full state and the passengers back to VILA's layout: the inverse of `to_megatron`, bit for bit.
+    """LongVILA's full state, adapters merged, and the passengers back to VILA's layout: the inverse of `to_megatron`, bit for bit.
 
     Args:
         inner_prefix: write `vision_tower.vision_model.`, which every reader understands, instead of transformers 5's flat names.
@@ -128,8 +150,11 @@ def from_megatron(state: State, passengers: State, config: Config, *, inner_pref
 
 
 def full_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Global name -> full shape of every parameter of the model, whatever the mesh. A tied output layer is not in it."""
-    return {rule.target: tuple(rule.merge(*(torch.empty(shape, device="meta") for shape in rule.shapes)).shape) for rule in rules(config)}
+    """Global name -> full shape of every parameter of the model, adapters too, whatever the mesh. A tied output layer is not in it."""
+    return {
+        rule.target: tuple(rule.merge(*(torch.empty(shape, device="meta") for shape in rule.shapes)).shape)
+        for rule in (*rules(config), *adapter_rules(config))
+    }
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_longvila.config import Config
+from megatron_longvila.models.lora import initialize_adapter_, is_adapter
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
 from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes  # isort: skip
@@ -90,7 +91,7 @@ def mark_parameters(model: Module) -> None:
 @torch.no_grad()
 def initialize_weights(model: Module, config: Config, seed: int) -> None:
     """Fill every parameter: normal(0, model.init_std), the linears that end a residual branch divided by sqrt(2 * layers); norms 1;
-    biases and the rows that pad the vocabulary 0.
+    biases and the rows that pad the vocabulary 0; adapters as PEFT does.
 
     Each full tensor is drawn in fp32 on the parameter's device from a generator of (seed, global name) and then cut, so the model is
     the same on every mesh of one kind of device.
@@ -106,7 +107,10 @@ def initialize_weights(model: Module, config: Config, seed: int) -> None:
             # One 32-bit hash of both: torch's CPU generator ignores the upper half of a 64-bit seed.
             generator = torch.Generator(device=parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             full = torch.empty(full_shape(parameter, tp_group.size()), device=parameter.device)
-            full.normal_(0.0, _standard_deviation(name, config), generator=generator)
+            if is_adapter(name):
+                initialize_adapter_(name, full, generator)
+            else:
+                full.normal_(0.0, _standard_deviation(name, config), generator=generator)
             if name.endswith(("word_embeddings.weight", "output_layer.weight")):
                 full[config.model.llm.vocab_size :] = 0
             parameter.copy_(shard_for_rank(name, full, parameter, tp_group.rank(), tp_group.size()))

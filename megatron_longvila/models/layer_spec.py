@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megatron_longvila.config import LoraConfig
+from megatron_longvila.models.lora import adapt
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
@@ -55,14 +57,19 @@ def te_layer(core_attention: Callable, mask: AttnMaskType) -> ModuleSpec:
     return spec
 
 
-def block_spec(layers: str, num_layers: int, norm: type, core_attention: Callable, mask: AttnMaskType) -> TransformerBlockSubmodules:
+def block_spec(
+    layers: str, num_layers: int, norm: type, core_attention: Callable, mask: AttnMaskType, lora: LoraConfig | None = None
+) -> TransformerBlockSubmodules:
     """`num_layers` equal layers and their final norm.
 
     Args:
         layers: `local` or `te`.
         norm: class of the norms (final norm included) of `local` layers, and of the final norm of `te` layers.
         core_attention: called with the keyword arguments Megatron gives a core attention class.
+        lora: adapters beside the attention's linears.
     """
     layer = te_layer(core_attention, mask) if layers == "te" else local_layer(norm, core_attention, mask)
+    if lora is not None:
+        adapt(layer.submodules.self_attention.submodules, lora)
     # Megatron picks its own norm class, which refuses sequence parallelism, unless the whole block is spelled out.
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

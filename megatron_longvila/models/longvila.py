@@ -36,6 +36,7 @@ class LongVILA(MegatronModule):
         self.pre_process, self.post_process = groups.is_first_stage, groups.is_last_stage
         self.cp_group = groups.cp
         self.vision_config = config.model.vision
+        self.lora = config.model.lora
         self.recompute_vision = config.training.recompute_vision
         if self.pre_process:
             self.vision_tower = SiglipTower(config, groups)
@@ -84,7 +85,8 @@ class LongVILA(MegatronModule):
         # SigLIP's preprocessing: (x / 255 - 0.5) / 0.5, in fp32 as the image processor does it.
         pixels_FCHW = ((frames_FHWC.float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).to(self.config.params_dtype)
         # Not Megatron's reentrant checkpoint: a parameter used by several micro-batches of frames must meet its gradient hook once.
-        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if self.recompute_vision else lambda part, x: part(x)
+        recompute = self.recompute_vision and torch.is_grad_enabled()
+        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if recompute else lambda part, x: part(x)
         if _trains(self.vision_tower):
             return run(lambda pixels: self.projector(self.vision_tower(pixels)), pixels_FCHW)
         with torch.no_grad():  # nor is a frozen tower computed twice

@@ -10,6 +10,8 @@ import math
 import torch
 
 from megatron_longvila.config import Config
+from megatron_longvila.models.init import unfused_name
+from megatron_longvila.models.lora import is_adapter
 from megatron_longvila.platform import mcore
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # isort: skip
@@ -19,22 +21,41 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer  # isort: skip
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes  # isort: skip
 
-# Part of the model as a user names it -> prefix of its parameters.
-PARTS = {"vision": "vision_tower.", "projector": "projector.", "llm": "language_model."}
+# Part of the model as a user names it -> whether a parameter belongs to it, by its name as models/init.py gives it.
+PARTS = {
+    "vision": lambda name: name.startswith("vision_tower."),
+    "projector": lambda name: name.startswith("projector."),
+    "llm": lambda name: name.startswith("language_model.") and not is_adapter(name),
+    "lora": is_adapter,
+    "llm_norms": lambda name: name.startswith("language_model.") and "norm" in name,
+    "llm_embeddings": lambda name: name.startswith(("language_model.embedding.", "language_model.output_layer.")),
+}
+
+
+def is_trainable(name: str, trainable: list[str]) -> bool:
+    """Whether the parameter `name` trains when `trainable` lists the parts that do."""
+    return any(PARTS[part](unfused_name(name)) for part in trainable)
 
 
 def freeze(model: torch.nn.Module, trainable: list[str]) -> None:
     """Let only the parameters of the parts in `trainable` take gradients. Must run before DDP, which sizes its buffers by that.
 
     Raises:
-        ValueError: `trainable` is empty or names an unknown part.
+        ValueError: `trainable` is empty or names an unknown part, or names adapters of a model without, or the reverse.
     """
     unknown = sorted(set(trainable) - PARTS.keys())
     if unknown or not trainable:
         raise ValueError(f"training.trainable={trainable} must name at least one of {sorted(PARTS)} and nothing else")
-    prefixes = tuple(PARTS[part] for part in trainable)
+    adapted = any(is_adapter(name) for name, _ in model.named_parameters())
+    if "lora" in trainable and not adapted:
+        raise ValueError(f"training.trainable={trainable} names lora, but model.lora.rank=0 builds no adapter; use --model.lora.rank 8")
+    if adapted and "lora" not in trainable:
+        raise ValueError(
+            f"training.trainable={trainable} leaves the adapters of model.lora.rank frozen; add lora to it, or merge them into the "
+            "weights with tools/merge_lora.py and set --model.lora.rank 0"
+        )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(prefixes)
+        parameter.requires_grad = is_trainable(name, trainable)
 
 
 def wrap_ddp(model: torch.nn.Module, config: Config) -> DistributedDataParallel:
