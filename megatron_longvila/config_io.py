@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from megatron_longvila.config import Config
 
 
+@functools.cache
 def _parser(prog: str | None = None) -> ArgumentParser:
     description = "Train a LongVILA model. Flags are spelled as the fields of megatron_longvila/config.py."
     usage = "%(prog)s [--config FILE]... [--FIELD VALUE]..."
