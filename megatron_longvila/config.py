@@ -137,7 +137,7 @@ class ModelConfig:
 
     Attributes:
         layers: `local` uses Megatron's own linear layers, `te` Transformer Engine's.
-        attention_backend: `auto` is cuDNN on a GPU and the fp32 reference on a CPU.
+        attention_backend: `auto` is cuDNN on a GPU and torch's CPU kernel on a CPU.
         init_std: standard deviation of freshly initialised weights.
     """
 
@@ -146,7 +146,7 @@ class ModelConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     layers: Literal["local", "te"] = "local"
-    attention_backend: Literal["auto", "cudnn", "flash", "reference"] = "auto"
+    attention_backend: Literal["auto", "cudnn", "flash", "cpu", "reference"] = "auto"
     init_std: float = 0.02
 
     @property

@@ -1,4 +1,5 @@
-"""Attention of one block of queries on one block of keys: cuDNN and FlashAttention through private aten operations, and the fp32 reference.
+"""Attention of one block of queries on one block of keys: cuDNN, FlashAttention and its CPU kernel through private aten operations, and the
+fp32 reference.
 
 Shapes: T query rows, S key rows, N query heads, K key/value heads (K divides N; query head n uses key/value head n // (N/K)), H head dim.
 Tensors may be strided views as long as the last dimension is contiguous.
@@ -41,6 +42,15 @@ ACCEPTED_SCHEMAS: dict[str, tuple[str, ...]] = {
         "Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, "
         "Tensor philox_seed, Tensor philox_offset, *, float? scale=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     ),
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, float dropout_p=0., "
+        "bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)",
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
+        "Tensor logsumexp, float dropout_p, bool is_causal, *, Tensor? attn_mask=None, float? scale=None) -> "
+        "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    ),
 }
 
 
@@ -80,8 +90,49 @@ class ReferenceBackend:
         return reference.attention_backward(grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal=causal, scale=scale)
 
 
+class CpuBackend:
+    """Torch's FlashAttention for CPUs: four times as fast as the reference at 80 rows, and no matrix of scores. fp32, fp64 and bf16."""
+
+    name = "cpu"
+
+    def __init__(self):
+        """Raises ValueError where the job runs on a GPU, RuntimeError where an operation's schema is unknown."""
+        if not platform.is_cpu():
+            raise ValueError("attention backend 'cpu' is for jobs without a GPU; set model.attention_backend to 'auto'")
+        operation = "_scaled_dot_product_flash_attention_for_cpu"
+        check_schemas(operation, f"{operation}_backward")
+
+    def check(self, *, head_dim: int, dtype: torch.dtype) -> None:
+        """Every head dim; fp32, fp64 or bf16."""
+        if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(
+                f"attention backend 'cpu' computes in float32, float64 or bfloat16, not {dtype}; set model.attention_backend to 'reference'"
+            )
+
+    def forward(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Backend.forward`."""
+        k_SNH, v_SNH = (_repeat_kv(x, q_TNH.shape[1]) for x in (k_SKH, v_SKH))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _to_aten(q_TNH), _to_aten(k_SNH), _to_aten(v_SNH), 0.0, causal, scale=scale
+        )
+        return _from_aten(out), lse.squeeze(0).t()
+
+    def backward(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, *, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend.backward`."""
+        k_SNH, v_SNH = (_repeat_kv(x, q_TNH.shape[1]) for x in (k_SKH, v_SKH))
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(_to_aten(x) for x in (grad_out_TNH, q_TNH, k_SNH, v_SNH, out_TNH)),
+            lse_TN.contiguous().t()[None],  # the kernel's own layout: rows outside, heads inside
+            0.0,  # dropout
+            causal,
+            scale=scale,
+        )
+        dk_SKH, dv_SKH = (_from_aten(x).unflatten(1, (k_SKH.shape[1], -1)).sum(2) for x in (dk, dv))
+        return _from_aten(dq), dk_SKH, dv_SKH
+
+
 class _AtenBackend:
-    """What both aten backends share: construction checks, and the layout [1, N, T, H] (a view: only the strides change)."""
+    """What both GPU backends share: construction checks, and the layout [1, N, T, H] (a view: only the strides change)."""
 
     name: str
     max_head_dim: int
@@ -181,18 +232,18 @@ class FlashBackend(_AtenBackend):
         return tuple(_from_aten(grad) for grad in grads)
 
 
-BACKENDS: dict[str, type] = {backend.name: backend for backend in (ReferenceBackend, CudnnBackend, FlashBackend)}
+BACKENDS: dict[str, type] = {backend.name: backend for backend in (ReferenceBackend, CpuBackend, CudnnBackend, FlashBackend)}
 
 
 def get_backend(name: str) -> Backend:
-    """Build the backend of that name; `auto` is cuDNN on a GPU and the reference on a CPU.
+    """Build the backend of that name; `auto` is cuDNN on a GPU and torch's own kernel on a CPU.
 
     Raises:
-        ValueError: an unknown name, or a GPU backend on a machine without a GPU.
+        ValueError: an unknown name, a GPU backend on a machine without a GPU, or the CPU's on one with a GPU.
         RuntimeError: this torch release changed one of the private operations.
     """
     if name == "auto":
-        name = "reference" if platform.is_cpu() else "cudnn"
+        name = "cpu" if platform.is_cpu() else "cudnn"
     if name not in BACKENDS:
         raise ValueError(f"attention backend {name!r} is unknown; choose one of {sorted(BACKENDS)} or 'auto'")
     return BACKENDS[name]()
@@ -215,6 +266,12 @@ def check_schemas(*names: str) -> None:
                 f"install a known torch, set model.attention_backend to 'reference', or check the change, run tests/gpu "
                 f"and add the schema to ACCEPTED_SCHEMAS"
             )
+
+
+def _repeat_kv(x_SKH: Tensor, num_heads: int) -> Tensor:
+    """[S, K, H] -> [S, N, H]: the CPU kernel's backward gives one gradient per query head."""
+    group = num_heads // x_SKH.shape[1]
+    return x_SKH if group == 1 else x_SKH.repeat_interleave(group, dim=1)
 
 
 def _to_aten(x_TNH: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from megatron_longvila.attention import backends
 
 
 @pytest.mark.skipif(not platform.is_cpu(), reason="about machines without a GPU")
-def test_a_cpu_gets_the_reference_and_refuses_the_gpu_backends():
-    assert backends.get_backend("auto").name == "reference"
+def test_a_cpu_gets_its_own_kernel_and_refuses_those_of_a_gpu():
+    assert backends.get_backend("auto").name == "cpu"
     for name in ("cudnn", "flash"):
         with pytest.raises(ValueError, match=f"{name}.*needs an NVIDIA GPU.*'reference' or 'auto'"):
             backends.get_backend(name)
@@ -23,6 +23,35 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 def test_the_schemas_of_the_installed_torch_are_accepted():
     backends.check_schemas(*backends.ACCEPTED_SCHEMAS)
     assert all(backends.live_schemas().values())
+
+
+@pytest.mark.skipif(not platform.is_cpu(), reason="the CPU's kernel")
+@pytest.mark.parametrize(
+    ("num_rows", "num_keys", "causal"), [(1, 1, True), (37, 37, True), (600, 600, True), (24, 41, False), (5, 1, False)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_cpu_kernel_equals_the_reference_with_a_merged_lse(dtype, shape):
+    """Output and LSE of one block; gradients for an output and an LSE that saw other keys too, given in both memory orders."""
+    num_rows, num_keys, causal = shape
+    backend, twin = backends.get_backend("cpu"), backends.get_backend("reference")
+    generator = torch.Generator().manual_seed(num_rows)
+    # Strided views, as the all-to-all delivers them.
+    q, k, v = torch.randn(max(num_rows, num_keys), 10, 16, dtype=dtype, generator=generator).split([6, 2, 2], dim=1)
+    q, k, v = q[:num_rows], k[:num_keys], v[:num_keys]
+    grad_out = torch.randn(q.shape, dtype=dtype, generator=generator)
+    out, lse = backend.forward(q, k, v, causal=causal, scale=0.3)
+    tolerance = dict(rtol=1e-12, atol=1e-12) if dtype is torch.float64 else dict(rtol=1e-5, atol=1e-5)
+    for value, expected in zip((out, lse), twin.forward(q, k, v, causal=causal, scale=0.3), strict=True):
+        assert value.shape == expected.shape
+        torch.testing.assert_close(value, expected, **tolerance)
+    out, lse = out + 0.1 * grad_out, lse + 0.7
+    expected = twin.backward(grad_out, q, k, v, out, lse, causal=causal, scale=0.3)
+    for order in (lse.contiguous(), lse.t().contiguous().t()):
+        for gradient, right in zip(backend.backward(grad_out, q, k, v, out, order, causal=causal, scale=0.3), expected, strict=True):
+            assert gradient.shape == right.shape
+            torch.testing.assert_close(gradient, right, **tolerance)
+    with pytest.raises(ValueError, match="float16.*'reference'"):
+        backend.check(head_dim=16, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("live", ["aten::op(Tensor q) -> Tensor", ""])
