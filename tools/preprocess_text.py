@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("source_field", default="meta.redpajama_set_name", metavar="NAME", help="where it names its source [%(default)s]")
     add("long_share", type=_share, default=0.0, metavar="S", help="share of each source's tokens from long documents, at least [0: as is]")
     add("long_tokens", type=_count(1), default=0, metavar="N", help="documents of more tokens are long [--long_fraction of a row]")
-    add("long_fraction", type=float, default=0.5, metavar="F", help="the same as a fraction of --context_length [%(default)s]")
+    add("long_fraction", type=_fraction, default=0.5, metavar="F", help="the same as a fraction of --context_length [%(default)s]")
     add("max_copies", type=_count(1), default=10, metavar="N", help="most times a document is repeated, whatever the share [%(default)s]")
     add("num_rows", type=_count(1), default=0, metavar="N", help="stop after so many rows, drawn from all of the input [all]")
     add("seed", type=_count(0), default=0, metavar="N", help="of the shuffle and of which documents are repeated [%(default)s]")
@@ -107,6 +107,13 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} must be 0 or more")
     return value
 
 

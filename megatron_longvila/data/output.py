@@ -12,10 +12,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from megatron_longvila.data.shards import VERSION, Media, canonical_json, dataset_hash, media_line
 from megatron_longvila.data.tar import Member, ShardTask, shard_index, write_shard
 
+# What tells a folder of media from a folder of text rows, also an unfinished one, and who writes it.
+_FOREIGN = {
+    "media": (("documents", "rows.idx"), "tools/preprocess_text.py"),
+    "text": (("shards", "samples.jsonl"), "tools/preprocess_video.py"),
+}
 _SHARD_NAME = re.compile(r"media-[0-9]{6}\.tar(\.tmp)?")
 
 Progress = Callable[[Iterable, int, str], Iterable]
@@ -39,8 +45,11 @@ class Stored:
 
 
 @contextmanager
-def output_folder(path: Path) -> Iterator[None]:
+def output_folder(path: Path, kind: Literal["media", "text"] = "media") -> Iterator[None]:
     """Make the folder, and keep a second run out of it. Raises PreprocessError when it holds something else or is in use."""
+    foreign, tool = _FOREIGN[kind]
+    if any((path / name).exists() for name in foreign):
+        raise PreprocessError(f"--output {path} holds a dataset of {tool}; give a new or empty folder")
     if path.exists() and not path.is_dir():
         raise PreprocessError(f"--output {path} is a file; give a folder")
     if path.is_dir() and any(path.iterdir()) and not (path / "state").is_dir():

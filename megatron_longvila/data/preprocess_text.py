@@ -104,14 +104,11 @@ def preprocess_text(options: Options, progress: Progress = lambda iterable, *_: 
     except ValueError as error:
         raise PreprocessError(str(error)) from None
     with ExitStack() as locks:
-        locks.enter_context(output_folder(options.output))
-        if (options.output / "samples.jsonl").exists() or (options.output / "shards").exists():
-            raise PreprocessError(f"--output {options.output} holds a dataset of tools/preprocess_video.py; give another folder")
         folder = options.documents or options.output / "documents"
-        if options.documents is None:
-            folder.mkdir(exist_ok=True)
-        else:
-            locks.enter_context(output_folder(folder))
+        if folder.resolve() == options.output.resolve():
+            raise PreprocessError(f"--documents {folder} is --output itself; give another folder, or leave it out")
+        locks.enter_context(output_folder(options.output, "text"))
+        locks.enter_context(output_folder(folder, "text"))
         tasks = [_task(piece, folder, options, tokenizer, end_id) for piece in pieces]
         made_from = _signature(tasks, options)
         finished = _finished(options.output, made_from)

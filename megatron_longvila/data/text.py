@@ -42,7 +42,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; special tokens are left out."""
+        """Text of `ids`; special tokens are left out, and ids past the vocabulary, which a model with spare rows can predict."""
 
     @abstractmethod
     def find_special(self, name: str) -> int | None:
@@ -102,7 +102,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self._processor.decode([i for i in ids if not self._processor.is_control(i)])
+        return self._processor.decode([i for i in ids if i < self.vocab_size and not self._processor.is_control(i)])
 
     def find_special(self, name: str) -> int | None:
         found = self._find_piece(name)

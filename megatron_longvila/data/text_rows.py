@@ -109,7 +109,7 @@ class TextDataset:
         return self.header.row_length
 
     def pieces(self, number: int) -> list[np.ndarray]:
-        """Tokens of each piece of row `number`, views of the mapped file."""
+        """Tokens of each piece of row `number`: views of the mapped file, which must not outlive this dataset."""
         first, end = self._rows.document_indices[number : number + 2].tolist()
         return self._rows[first:end]
 
@@ -127,7 +127,7 @@ def open_text_rows(path: Path, header: dict) -> TextDataset:
     """Open a folder whose dataset.json has the kind `text`.
 
     Raises:
-        ValueError: unfinished, of another version, or changed since it was written.
+        ValueError: of another version, or changed since it was written (of rows.bin, which may be large, only the size is checked).
     """
     header_path = path / "dataset.json"
     if header.get("version") != VERSION:

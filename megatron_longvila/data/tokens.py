@@ -63,7 +63,7 @@ class PartFacts:
     Attributes:
         num_lines: lines of the piece; 0 where nothing follows them.
         num_tokens: end tokens included.
-        num_bytes: of the .bin file, as a check.
+        num_bytes: of the .bin and the .idx file, as a check.
         largest_id: of any token; -1 for an empty part.
         sources: names, and `source_of` the place therein of each document.
         refused: [line, kind, detail] of at most MAX_LISTED refused lines, and `refused_kinds` how many there were of each kind.
@@ -71,7 +71,7 @@ class PartFacts:
 
     num_lines: int
     num_tokens: int
-    num_bytes: int
+    num_bytes: list[int]
     largest_id: int
     sources: list[str]
     source_of: list[int]
@@ -111,7 +111,7 @@ def tokenise(task: TokenTask) -> bool:
         for suffix in (".bin", ".idx"):
             os.unlink(f"{partial}{suffix}")
         return False
-    num_bytes = num_tokens * DType.size(dtype)
+    num_bytes = [os.path.getsize(f"{partial}{suffix}") for suffix in (".bin", ".idx")]
     facts = PartFacts(num_lines, num_tokens, num_bytes, largest, list(sources), source_of, list(map(list, refused)), dict(kinds))
     for suffix in (".bin", ".idx"):
         os.replace(f"{partial}{suffix}", f"{target}{suffix}")
@@ -134,7 +134,7 @@ def read_facts(folder: Path, key: str) -> PartFacts | None:
     """Facts of a finished part; None if it is not finished or its tokens are not as they were written."""
     try:
         facts = PartFacts(**json.loads((folder / f"{key}.json").read_bytes()))
-        whole = (folder / f"{key}.bin").stat().st_size == facts.num_bytes and (folder / f"{key}.idx").is_file()
+        whole = [(folder / f"{key}{suffix}").stat().st_size for suffix in (".bin", ".idx")] == facts.num_bytes
     except (OSError, ValueError, TypeError):
         return None
     return facts if whole else None

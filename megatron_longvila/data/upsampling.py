@@ -7,8 +7,10 @@ above 4,096 tokens go from about 30% to about 70% of the tokens of SlimPajama).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -59,7 +61,8 @@ def draw(lengths: np.ndarray, source_of: np.ndarray, mixture: Mixture) -> np.nda
         source_of: number of the source of each document.
     """
     total = int(lengths.sum(dtype=np.int64))
-    scale = min(1.0, mixture.num_tokens / total) if mixture.num_tokens is not None and total else 1.0
+    scale = min(Fraction(1), Fraction(mixture.num_tokens, total)) if mixture.num_tokens is not None and total else Fraction(1)
+    long_share = Fraction(str(mixture.long_share))  # exact: a budget of 1500.0000001 tokens would draw one document more
     chosen = [np.empty(0, np.int64)]
     for source in np.unique(source_of):
         members = np.flatnonzero(source_of == source)
@@ -67,18 +70,17 @@ def draw(lengths: np.ndarray, source_of: np.ndarray, mixture: Mixture) -> np.nda
         long, short = members[is_long], members[~is_long]
         num_all, num_long = (int(lengths[some].sum(dtype=np.int64)) for some in (members, long))
         budget = scale * num_all
-        long_budget = min(max(mixture.long_share * budget, scale * num_long), mixture.max_copies * num_long)
-        chosen.append(_fill(long, lengths, long_budget, mixture.seed, 1 + 2 * int(source)))
-        chosen.append(_fill(short, lengths, budget - long_budget, mixture.seed, 2 + 2 * int(source)))
+        long_budget = min(max(long_share * budget, scale * num_long), mixture.max_copies * num_long)
+        chosen.append(_fill(long, lengths, math.ceil(long_budget), mixture.seed, 1 + 2 * int(source)))
+        chosen.append(_fill(short, lengths, math.ceil(budget - long_budget), mixture.seed, 2 + 2 * int(source)))
     drawn = np.concatenate(chosen)
     return drawn[permute(len(drawn), mixture.seed, 0)]
 
 
-def _fill(documents: np.ndarray, lengths: np.ndarray, budget: float, seed: int, stream: int) -> np.ndarray:
+def _fill(documents: np.ndarray, lengths: np.ndarray, budget: int, seed: int, stream: int) -> np.ndarray:
     """All documents as often as they fit the budget as a whole, then the first ones of a seeded order until it is reached."""
     tokens = int(lengths[documents].sum(dtype=np.int64))
-    budget = round(budget)
-    if not tokens or budget <= 0:
+    if not tokens:
         return np.empty(0, np.int64)
     copies, rest = divmod(budget, tokens)
     order = documents[permute(len(documents), seed, stream)]
@@ -143,9 +145,10 @@ def draw_histogram(path: str, lengths: np.ndarray, drawn: np.ndarray, *, long_to
     for label, some, style in (("before", lengths, {"alpha": 0.5}), ("after", lengths[drawn], {"histtype": "step", "linewidth": 1.8})):
         some = some.astype(np.float64)
         axes.hist(some, bins=edges, weights=some / some.sum(), label=label, **style)
-    axes.axvline(long_tokens, color="grey", linestyle=":", label=f"long: more than {long_tokens:,}")
+    axes.axvline(max(1, long_tokens), color="grey", linestyle=":", label=f"long: more than {long_tokens:,}")
     axes.axvline(row_length, color="black", linestyle="--", linewidth=1, label=f"row: {row_length:,}")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(max(0.5, float(lengths.min()) / 2), largest * 2)
     axes.set(xlabel="tokens of a document", ylabel="share of all tokens")
     axes.legend(frameon=False, fontsize=8)
