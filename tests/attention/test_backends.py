@@ -26,9 +26,7 @@ def test_the_schemas_of_the_installed_torch_are_accepted():
 
 
 @pytest.mark.skipif(not platform.is_cpu(), reason="the CPU's kernel")
-@pytest.mark.parametrize(
-    ("num_rows", "num_keys", "causal"), [(1, 1, True), (37, 37, True), (600, 600, True), (24, 41, False), (5, 1, False)]
-)
+@pytest.mark.parametrize("shape", [(1, 1, True), (37, 37, True), (600, 600, True), (24, 41, False), (5, 1, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_cpu_kernel_equals_the_reference_with_a_merged_lse(dtype, shape):
     """Output and LSE of one block; gradients for an output and an LSE that saw other keys too, given in both memory orders."""
