@@ -1,0 +1,149 @@
+"""Stage files pass the checks on the meshes that their headers name, hold the recipe's numbers, and fit each other along every chain."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_longvila.config import Config
+from megatron_longvila.config_check import check
+from megatron_longvila.config_io import parse
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+STAGES = sorted((EXAMPLES / "stages").glob("*.yaml"))
+CHAINS = sorted((EXAMPLES / "chains").glob("*.yaml"))
+MESH = re.compile(r"#   (\S+) on (\d+) GPUs: tp (\d+), ulysses (\d+), ring (\d+), dp (\d+)(?:; (.*))?")
+# Context -> RoPE base: the ladder of the public scripts.
+LADDER = {65_536: 15_300_000, 262_144: 207_112_184, 524_288: 1_062_356_830, 1_048_576: 3_580_165_449}
+
+
+def models(pattern: str) -> list[Path]:
+    """The presets of published models that a header's pattern stands for."""
+    found = [path for path in sorted((EXAMPLES / "models").glob(f"{pattern}.yaml")) if path.stem != "tiny"]
+    assert found, f"no model is called {pattern}"
+    return found
+
+
+@functools.cache
+def configuration(stage: Path, model: Path, flags: str = "") -> Config:
+    # Hosts of 8, as torchrun would tell.
+    return parse(["--config", str(model), "--config", str(stage), "--parallel.gpus_per_host", "8", *flags.split()])
+
+
+def stage(name: str) -> Config:
+    return configuration(EXAMPLES / "stages" / f"{name}.yaml", EXAMPLES / "models" / "qwen2_7b_siglip_384.yaml")
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_a_stage_passes_the_checks_on_the_meshes_of_its_header(path):
+    lines = [line for line in path.read_text().splitlines() if line.startswith("#   ")]
+    meshes = [MESH.fullmatch(line) for line in lines]
+    assert all(meshes), f"not a mesh: {lines[meshes.index(None)]}"
+    checked = set()
+    for match in meshes:
+        pattern, world_size, *sizes, flags = match.groups()
+        for model in models(pattern):
+            mesh = check(configuration(path, model, flags or ""), int(world_size))
+            assert [str(size) for size in (mesh.tp_size, mesh.ulysses_size, mesh.ring_size, mesh.dp_size)] == sizes
+            checked.add((model.stem, int(world_size)))
+    # One node and 32 nodes of 8, for each language model with the 384 px tower at least.
+    assert checked >= {(model.stem, world_size) for model in models("*_384") for world_size in (8, 256)}
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_a_stage_is_a_difference_from_a_base(path):
+    """It names no size of the model, so that it fits every base, and says where each number comes from."""
+    model = yaml.safe_load(path.read_text()).get("model", {})
+    assert set(model) <= {"llm", "lora"} and set(model.get("llm", {})) <= {"max_position_embeddings", "rotary_base"}
+    number = re.compile(r"  +(lr|schedule|warmup\w*|weight_decay|clip_grad|beta2): \S+$")
+    bare = [line for line in path.read_text().splitlines() if number.match(line)]
+    assert not bare or path.stem == "stage35_joint", f"no source: {bare}"
+
+
+def test_context_extension_is_the_public_ladder():
+    steps = {"64k": (40, 4), "256k": (80, 16), "512k": (80, 16), "1m": (50, 4)}
+    for name, context_length in zip(steps, LADDER, strict=True):
+        config = stage(f"stage4_{name}")
+        llm, lora, optimizer = config.model.llm, config.model.lora, config.optimizer
+        assert (llm.max_position_embeddings, llm.rotary_base) == (context_length, LADDER[context_length])
+        assert llm.rope_scaling is None and config.data.context_length == context_length
+        assert (lora.rank, lora.alpha, lora.targets) == (8, 16, ["q", "k", "v", "o"])
+        assert config.training.trainable == ["lora", "llm_norms"]
+        assert (config.training.steps, config.data.global_batch_size) == steps[name]
+        assert (optimizer.lr, optimizer.schedule, optimizer.warmup_steps, optimizer.weight_decay) == (2e-5, "constant", 2, 0)
+        switch = re.search(r"# trainable: (\[.*\])", (EXAMPLES / "stages" / f"stage4_{name}.yaml").read_text())
+        assert yaml.safe_load(switch[1]) == ["lora", "llm_norms", "llm_embeddings"]
+    seen = sum(stage(f"stage4_{name}").data.context_length * rows * count for name, (count, rows) in steps.items())
+    assert round(seen / 1e9, 1) == 1.2  # billion tokens, where the paper has 17
+
+
+@pytest.mark.parametrize(
+    ("frames", "before", "lr", "batch"),
+    [(256, "64k", 2e-5, 128), (512, "256k", 5e-5, 64), (1024, "256k", 5e-5, 32), (2048, "512k", 5e-5, 32)],
+)
+def test_long_sft_follows_the_public_scripts(frames, before, lr, batch):
+    config, extension = stage(f"stage5_{frames}_frames"), stage(f"stage4_{before}")
+    assert config.data.video.num_frames == frames and config.data.video.fps == 2.0
+    assert config.training.trainable == ["vision", "projector", "llm"] and config.training.epochs == 6
+    assert (config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup_fraction) == (lr, "cosine", 0.03)
+    assert config.data.global_batch_size == batch
+    # One video fits a row, and two do not.
+    assert frames * 197 < config.data.context_length < 2 * frames * 197
+    assert config.model.llm.rotary_base == extension.model.llm.rotary_base
+    assert config.training.recompute == "full" and config.training.recompute_vision
+
+
+def test_the_first_three_stages():
+    expected = {
+        "stage1_alignment": (1e-3, ["projector"]),
+        "stage2_pretraining": (5e-5, ["projector", "llm"]),
+        "stage3_short_sft": (2e-5, ["vision", "projector", "llm"]),
+    }
+    base = parse(["--config", str(EXAMPLES / "models" / "qwen2_7b_siglip_384.yaml")])
+    for name, (lr, trainable) in expected.items():
+        config = stage(name)
+        assert (config.optimizer.lr, config.training.trainable) == (lr, trainable)
+        assert config.optimizer.warmup_fraction == 0.03 and config.training.epochs == 1
+        assert (
+            config.model.llm == configuration(EXAMPLES / "models" / "qwen2_7b_siglip_384.yaml", EXAMPLES / "models" / "tiny.yaml").model.llm
+        )
+
+
+def chain_stages(path: Path) -> dict[str, list[str]]:
+    """Command line of each stage of a chain file, by the name of the stage file, in order."""
+    chain = yaml.safe_load(path.read_text())
+    result = {}
+    for stage in chain["stages"]:
+        files = [(path.parent / file).resolve(strict=True) for file in (*chain["base"], *stage["config"])]
+        flags = [word for name, value in stage.get("flags", {}).items() for word in (f"--{name}", str(value))]
+        result[files[-1].stem] = [word for file in files for word in ("--config", str(file))] + flags
+    return result
+
+
+@pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)
+def test_a_chain_fits_together(path):
+    before = None
+    for name, words in chain_stages(path).items():
+        config = parse(words)
+        check(config, 8)
+        llm = config.model.llm
+        if before is not None:
+            if not name.startswith("stage4"):  # only context extension changes what positions mean
+                assert (llm.rotary_base, llm.rope_scaling) == (before.rotary_base, before.rope_scaling), name
+            assert llm.max_position_embeddings >= before.max_position_embeddings, name
+        before = llm
+
+
+def test_the_orders_of_table_1_are_there():
+    orders = {
+        "order_1_2_3_4_5": ["1", "2", "3", "4", "5"],
+        "order_1_2_4_35": ["1", "2", "4", "35"],
+        "order_4_1_2_3_5": ["4", "1", "2", "3", "5"],
+        "order_4_1_2_35": ["4", "1", "2", "35"],
+    }
+    found = {path.stem: [re.match(r"stage(\d+)", name)[1] for name in chain_stages(path)] for path in CHAINS}
+    assert {name: found[name] for name in orders} == orders
