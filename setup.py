@@ -33,6 +33,6 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "hf": ["transformers>=5,<6"],
         "logging": ["tensorboard", "wandb"],
-        "dev": ["pytest>=8", "ruff>=0.17,<0.18", "tensorboard", "triton; platform_system == 'Linux'"],
+        "dev": ["pytest>=8", "ruff>=0.17,<0.18", "peft", "tensorboard", "triton; platform_system == 'Linux'"],
     },
 )

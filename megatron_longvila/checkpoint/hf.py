@@ -26,7 +26,7 @@ from megatron_longvila.parallel.groups import Groups
 State = dict[str, Tensor]
 
 _VISION = "vision_tower.vision_model."
-_EXTRA_ROWS = "#rows_beyond_vocab_size"
+EXTRA_ROWS = "#rows_beyond_vocab_size"
 _TABLE, _HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
 # Tensors that may be in a source without a target. The layer number is checked against the configuration in `_is_passenger`.
 _PASSENGERS = (
@@ -107,7 +107,7 @@ def to_megatron(hf_state: State, config: Config, *, resize_positions: bool = Fal
         if rule.sources[0] in (_TABLE, _HEAD):
             tensors[0], extra = tensors[0][: config.model.llm.vocab_size], tensors[0][config.model.llm.vocab_size :]
             if len(extra):
-                passengers[rule.sources[0] + _EXTRA_ROWS] = extra.clone()
+                passengers[rule.sources[0] + EXTRA_ROWS] = extra.clone()
         if resize_positions and rule.target == "vision_tower.position_table":
             tensors[0] = resize_position_table(tensors[0], rule.shapes[0][0])
         for name, tensor, shape in zip(rule.sources, tensors, rule.shapes, strict=True):
@@ -138,8 +138,8 @@ def from_megatron(state: State, passengers: State, config: Config, *, inner_pref
         hf_state.update(zip(rule.sources, (part.contiguous() for part in rule.split(tensor)), strict=True))
     _refuse(missing, remaining)
     for name, tensor in passengers.items():
-        if name.endswith(_EXTRA_ROWS):
-            name = name.removesuffix(_EXTRA_ROWS)
+        if name.endswith(EXTRA_ROWS):
+            name = name.removesuffix(EXTRA_ROWS)
             tensor = torch.cat([hf_state.pop(name), tensor])
         if name in hf_state:
             raise ValueError(f"passenger {name} is also a tensor of the model; drop the passenger")

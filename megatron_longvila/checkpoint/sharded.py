@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ from safetensors.torch import save_file
 
 from megatron_longvila import config_io, platform
 from megatron_longvila.checkpoint.origin import COMPLETE, TOKENS, describe_origin
-from megatron_longvila.config import Config
+from megatron_longvila.config import Config, LoraConfig
+from megatron_longvila.models.lora import holds_adapters, is_adapter
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 PASSENGERS = "passengers.safetensors"
+_PARTS = {"vision": "vision_tower.", "projector": "projector.", "llm": "language_model."}
 _HASHED_BYTES = 16 << 20  # larger files are checked by size alone: reading all of a checkpoint again would cost minutes
 
 
@@ -225,20 +228,31 @@ class Checkpoints:
         return None
 
 
-def load_weights(folder: Path, model: torch.nn.Module, groups: Groups) -> None:
+def load_weights(folder: Path, model: torch.nn.Module, groups: Groups, parts: Iterable[str] = tuple(_PARTS)) -> None:
     """Fill `model` (this rank's bare chunk, any layout) with the weights of a checkpoint; optimizer and data position are left.
 
     Build the optimizer afterwards: it copies the weights.
 
+    Args:
+        parts: what is taken: vision, projector, llm (with its adapters). The others keep their values, and so do adapters of the model if
+            the checkpoint holds none.
+
     Raises:
-        ValueError: `folder` is no complete checkpoint; the message says what is wrong with it.
+        ValueError: `folder` is no complete checkpoint, or holds other adapters than the model; the message says what to do.
     """
     damage = find_damage(folder)
     if damage is not None:
         raise ValueError(f"checkpoint.load={folder} cannot be used: {damage}")
     read_progress(folder)
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=_metadata(groups))}, str(folder))
-    model.load_state_dict(loaded["model"])
+    prefixes = tuple(_PARTS[part] for part in parts)
+    wanted = model.sharded_state_dict(metadata=_metadata(groups))
+    wanted = {name: entry for name, entry in wanted.items() if name.startswith(prefixes)}
+    saved, built = config_io.load(folder / "config.yaml").model.lora, getattr(model, "lora", LoraConfig())
+    if "llm" in parts and not holds_adapters(folder, saved, built):
+        wanted = {name: entry for name, entry in wanted.items() if not is_adapter(name)}
+    loaded = dist_checkpointing.load({"model": wanted}, str(folder)).get("model", {})  # a pipeline stage may want nothing
+    missing, unexpected = model.load_state_dict(loaded, strict=False)
+    assert not unexpected and not wanted.keys() & set(missing), (unexpected, missing)
 
 
 def save_weights(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +36,25 @@ _NAME = re.compile(r"(.*\.layers\.\d+\.self_attention\.)(linear_qkv|linear_proj)
 def is_adapter(name: str) -> bool:
     """Whether a parameter's name, in any prefix, is that of an adapter's A or B."""
     return _NAME.fullmatch(name) is not None
+
+
+def holds_adapters(folder: Path, saved: LoraConfig, built: LoraConfig) -> bool:
+    """Whether the checkpoint `folder`, written with `saved`, holds the adapters of a model with `built`; False if it holds none.
+
+    Raises:
+        ValueError: it holds adapters that the model has no place for.
+    """
+    if not saved.rank or (saved.rank, saved.alpha, sorted(saved.targets)) == (built.rank, built.alpha, sorted(built.targets)):
+        return bool(saved.rank)
+    remedy = f"merge first with tools/merge_lora.py --checkpoint {folder} --output DIR and load DIR"
+    if not built.rank:
+        raise ValueError(
+            f"checkpoint {folder} holds adapters of model.lora.rank={saved.rank}, which a model of model.lora.rank=0 would lose; {remedy}"
+        )
+    raise ValueError(
+        f"checkpoint {folder} holds adapters of {saved}, the model has {built}; to go on with them set model.lora to the former, to start "
+        f"fresh ones {remedy}"
+    )
 
 
 def initialize_adapter_(name: str, full: Tensor, generator: torch.Generator) -> None:

@@ -55,7 +55,7 @@ def fill_model(model: torch.nn.Module, checkpoints: Checkpoints, newest: Path | 
     else:
         return None
     if origin is not None:
-        load_weights(origin, model, groups)
+        load_weights(origin, model, groups, parts)
     return origin
 
 
