@@ -8,13 +8,13 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_longvila.config import Config, ParallelConfig
-from megatron_longvila.config_check import check_device, refuse, resolve
-from megatron_longvila.config_io import load, parse, save
+from megatron_longvila.config import Config
+from megatron_longvila.config_check import check_device, refuse
+from megatron_longvila.evaluation.configuration import evaluation_config
 
 HELP = """
 Count the answers a trained model gets exactly right on held-out data.
@@ -50,26 +50,18 @@ def configure(argv: list[str] | None, world_size: int) -> tuple[argparse.Namespa
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     parser.add_argument("--blank_frames", action="store_true", help="measure with black frames too")
     arguments, flags = parser.parse_known_args(argv)
-    saved = arguments.checkpoint / "config.yaml"
-    if not saved.is_file():
-        raise ValueError(f"--checkpoint {arguments.checkpoint} holds no config.yaml; give a folder like RUN/checkpoints/step_0000100")
     for folder in arguments.data:
         if not (folder / "dataset.json").is_file():
             raise ValueError(f"--data {folder} holds no dataset.json; write it with tools/preprocess_video.py --output {folder}")
-    trained = load(saved)
-    start = replace(
-        trained,
-        parallel=ParallelConfig(),  # the mesh of this job is not that of the training run
-        data=replace(trained.data, evaluation=[str(folder) for folder in arguments.data], global_batch_size=world_size),
-        training=replace(trained.training, recompute="none", evaluation_rows=0),
-        checkpoint=replace(trained.checkpoint, load=str(arguments.checkpoint)),
+    config = evaluation_config(
+        arguments.checkpoint,
+        flags,
+        prog=parser.prog,
+        world_size=world_size,
+        gpus_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
+        evaluation=arguments.data,
     )
-    with tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
-        save(start, Path(folder, "config.yaml"))
-        config = parse(["--config", str(Path(folder, "config.yaml")), *flags], prog=parser.prog)
-    if not Path(config.data.tokenizer).exists():
-        raise ValueError(f"data.tokenizer={config.data.tokenizer!r} does not exist; say where it is now with --data.tokenizer PATH")
-    return arguments, resolve(config, world_size=world_size, gpus_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
+    return arguments, config
 
 
 def evaluate(config: Config, folders: list[Path], *, blank_frames: bool) -> dict[str, Any]:
