@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,17 @@ def models(pattern: str) -> list[Path]:
 
 
 @functools.cache
-def configuration(stage: Path, model: Path, flags: str = "") -> Config:
-    # Hosts of 8, as torchrun would tell.
-    return parse(["--config", str(model), "--config", str(stage), "--parallel.gpus_per_host", "8", *flags.split()])
+def configuration(stage: Path, model: Path) -> Config:
+    return parse(["--config", str(model), "--config", str(stage)])
+
+
+def with_flags(config: Config, flags: str) -> Config:
+    """`config` with a header's flags (--PART.FIELD VALUE), without parsing files again."""
+    words = flags.split()
+    for flag, value in zip(words[::2], words[1::2], strict=True):
+        part, field = re.fullmatch(r"--(\w+)\.(\w+)", flag).groups()
+        config = replace(config, **{part: replace(getattr(config, part), **{field: yaml.safe_load(value)})})
+    return config
 
 
 def stage(name: str) -> Config:
@@ -47,7 +56,8 @@ def test_a_stage_passes_the_checks_on_the_meshes_of_its_header(path):
     for match in meshes:
         pattern, world_size, *sizes, flags = match.groups()
         for model in models(pattern):
-            mesh = check(configuration(path, model, flags or ""), int(world_size))
+            words = f"--parallel.gpus_per_host 8 {flags or ''}"  # hosts of 8, as torchrun would tell
+            mesh = check(with_flags(configuration(path, model), words), int(world_size))
             assert [str(size) for size in (mesh.tp_size, mesh.ulysses_size, mesh.ring_size, mesh.dp_size)] == sizes
             checked.add((model.stem, int(world_size)))
     # One node and 32 nodes of 8, for each language model with the 384 px tower at least.
@@ -108,6 +118,7 @@ def test_the_first_three_stages():
         config = stage(name)
         assert (config.optimizer.lr, config.training.trainable) == (lr, trainable)
         assert config.optimizer.warmup_fraction == 0.03 and config.training.epochs == 1
+        assert config.model == base.model
         assert (
             config.model.llm == configuration(EXAMPLES / "models" / "qwen2_7b_siglip_384.yaml", EXAMPLES / "models" / "tiny.yaml").model.llm
         )
