@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -130,6 +132,29 @@ def test_sharded_names_and_offsets(mesh, tied):
     full = one_rank(tiny_config(tie_embeddings=tied))
     names = run_ranks(_sharded_state, torch.Size(sizes.values()).numel(), config, sizes, full)
     assert set().union(*names) == set(full)
+
+
+def test_adapters_do_not_depend_on_the_mesh():
+    """A uniform within 1 / sqrt(inputs), as PEFT draws it, B zero; slices, sharded names, offsets and marks as for all weights."""
+    from megatron_longvila.checkpoint.hf import full_shapes
+
+    config = tiny_config(lora={"rank": 4})
+    full = one_rank(config)
+    base = one_rank(tiny_config())
+    assert {name: tuple(tensor.shape) for name, tensor in full.items()} == full_shapes(config)
+    assert all(torch.equal(full[name], tensor) for name, tensor in base.items())
+    adapters = {name: tensor for name, tensor in full.items() if name not in base}
+    assert len(adapters) == 4 * 4 * 2
+    for name, tensor in adapters.items():
+        if name.endswith(".B"):
+            assert not tensor.any(), name
+        else:
+            bound = tensor.shape[1] ** -0.5
+            assert 0.9 * bound < tensor.abs().max() <= bound and abs(tensor.mean()) < 5 * bound / (3 * tensor.numel()) ** 0.5, name
+    for fn in (_is_slice_of, _sharded_state):
+        names = run_ranks(fn, 4, config, {"tp_size": 2, "pp_size": 2}, full)
+        assert set().union(*names) == set(full)
+    assert run_ranks(_marks, 2, replace(config, parallel=replace(config.parallel, sequence_parallel=True))) == [full_shapes(config)] * 2
 
 
 def _marks(rank: int, config: Config):

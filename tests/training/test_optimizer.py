@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,38 @@ def test_freeze_names_the_rule() -> None:
     for wrong in ([], ["llm", "tower"]):
         with pytest.raises(ValueError, match="must name at least one of"):
             freeze(model, wrong)
+
+
+def test_freeze_parts_of_the_decoder() -> None:
+    """Names as Megatron's own layers and as Transformer Engine's, whose linears contain the norm before them."""
+    from megatron_longvila.training.optimizer import freeze
+
+    layer = "language_model.decoder.layers.0"
+    norms = [
+        f"{layer}.input_layernorm.weight",
+        f"{layer}.mlp.linear_fc1.layer_norm_weight",
+        "language_model.decoder.final_layernorm.weight",
+    ]
+    embeddings = ["language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"]
+    adapters = [f"{layer}.self_attention.linear_qkv.lora.q.A", f"{layer}.self_attention.linear_proj.lora.o.B"]
+    linears = [f"{layer}.self_attention.linear_qkv.bias", f"{layer}.mlp.linear_fc1.weight"]
+    others = ["vision_tower.encoder.layers.0.input_layernorm.weight", "projector.norm.weight"]
+
+    def trained(names: list[str], parts: list[str]) -> set[str]:
+        parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
+        freeze(SimpleNamespace(named_parameters=parameters.items), parts)
+        return {name for name, parameter in parameters.items() if parameter.requires_grad}
+
+    base = [*norms, *embeddings, *linears, *others]
+    assert trained(base, ["llm"]) == {*norms, *embeddings, *linears}
+    assert trained([*base, *adapters], ["lora"]) == {*adapters}
+    assert trained([*base, *adapters], ["lora", "llm_norms"]) == {*adapters, *norms}
+    assert trained([*base, *adapters], ["lora", "llm_embeddings", "projector"]) == {*adapters, *embeddings, "projector.norm.weight"}
+    assert trained([*base, *adapters], ["lora", "llm"]) == {*adapters, *norms, *embeddings, *linears}
+    with pytest.raises(ValueError, match="names lora, but model.lora.rank=0 builds no adapter"):
+        trained(base, ["lora"])
+    with pytest.raises(ValueError, match="leaves the adapters of model.lora.rank frozen.*tools/merge_lora.py"):
+        trained([*base, *adapters], ["llm"])
 
 
 def _rates(rank: int, config: Config) -> list[float]:
