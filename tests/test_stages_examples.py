@@ -13,6 +13,7 @@ import yaml
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check
 from megatron_longvila.config_io import parse
+from megatron_longvila.training.chain import read_chain
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STAGES = sorted((EXAMPLES / "stages").glob("*.yaml"))
@@ -124,15 +125,10 @@ def test_the_first_three_stages():
         )
 
 
-def chain_stages(path: Path) -> dict[str, list[str]]:
-    """Command line of each stage of a chain file, by the name of the stage file, in order."""
-    chain = yaml.safe_load(path.read_text())
-    result = {}
-    for stage in chain["stages"]:
-        files = [(path.parent / file).resolve(strict=True) for file in (*chain["base"], *stage["config"])]
-        flags = [word for name, value in stage.get("flags", {}).items() for word in (f"--{name}", str(value))]
-        result[files[-1].stem] = [word for file in files for word in ("--config", str(file))] + flags
-    return result
+def chain_stages(path: Path) -> dict[str, tuple[str, ...]]:
+    """Command line of each stage of a chain file, by the name of its stage file, in order."""
+    stages = read_chain(path).stages
+    return {Path(stage.argv[stage.argv.index("--config", 2) + 1]).stem: stage.argv for stage in stages}
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)
