@@ -69,7 +69,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default 0)")
     parser.add_argument("--text", action="store_true", help="hide sentences in text")
     parser.add_argument("--plain_text", action="store_true", help="with --text: ask without the chat template")
-    parser.add_argument("--title", default="", help="of the picture (default: the checkpoint's path)")
+    parser.add_argument("--title", default="", help="of the picture (default: the end of the checkpoint's path)")
     parser.add_argument("--dry_run", action="store_true", help="print the grid and its tokens, ask nothing")
     parser.add_argument("--restart", action="store_true", help="throw the trials in --output away")
     arguments, flags = parser.parse_known_args(argv)
@@ -223,7 +223,7 @@ def write_results(arguments: argparse.Namespace, config: Config, records, haysta
     }
     write_text(arguments.output / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_text(arguments.output / "cells.csv", cells_csv(summary))
-    draw_heat_maps([summary], [arguments.title or str(arguments.checkpoint)], arguments.output / "heat_map.png")
+    draw_heat_maps([summary], [arguments.title or "/".join(arguments.checkpoint.parts[-3:])], arguments.output / "heat_map.png")
     return summary
 
 

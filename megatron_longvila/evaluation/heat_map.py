@@ -54,6 +54,6 @@ def _draw(axes: Axes, summary: dict[str, Any], title: str):
     if accuracy.size <= ANNOTATED_CELLS:
         for (row, column), value in np.ndenumerate(accuracy):
             if not np.isnan(value):
-                light = "white" if value < 0.15 or value > 0.9 else "black"
+                light = "white" if value < 0.15 or value > 0.85 else "black"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=light)
     return image

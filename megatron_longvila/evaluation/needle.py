@@ -19,6 +19,8 @@ from megatron_longvila.evaluation.needle_grid import Trial, distractor_places, n
 from megatron_longvila.evaluation.needle_haystack import FrameKey, Haystack
 from megatron_longvila.evaluation.needle_protocols import Question
 
+ENDLESS_STEP = 64  # frames between the starts of two trials where the material has no end
+
 
 @dataclass(frozen=True)
 class Needle:
@@ -79,11 +81,11 @@ def needle_records(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, d
 def place_frames(trial: Trial, needle: Needle, haystack: Haystack, trials_per_cell: int) -> tuple[FrameKey, ...]:
     """Key of each frame of a trial: haystack frames in order, the needle at its depth, distractors at seeded other places.
 
-    The trials of a cell start at evenly spread frames of the material, the first one at its beginning; made-up haystacks never repeat.
-    In the control the frame at the needle's place is the haystack's own.
+    The trials of a cell start at evenly spread frames of the material, the first one at its beginning, so that they differ and yet share
+    most frames of a long haystack. In the control the frame at the needle's place is the haystack's own.
     """
     length = trial.cell.length
-    start = trial.number * (haystack.num_frames // trials_per_cell) if haystack.num_frames else trial.number * length
+    start = trial.number * (haystack.num_frames // trials_per_cell if haystack.num_frames else ENDLESS_STEP)
     frames: list[FrameKey] = list(range(start, start + length))
     needle_at = needle_place(length, trial.cell.depth)
     for place, picture in zip(distractor_places(trial, len(needle.distractors), needle_at), needle.distractors, strict=False):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -30,9 +30,10 @@ from megatron_longvila.evaluation.needle_grid import split_rows
 from megatron_longvila.evaluation.needle_haystack import FrameKey
 from megatron_longvila.models.longvila import LongVILA
 from megatron_longvila.parallel.groups import Groups
-from megatron_longvila.parallel.plan import IGNORE_INDEX, RankPlan, plan_row
+from megatron_longvila.parallel.plan import IGNORE_INDEX, RankPlan, RowSpec, plan_row
 
 EXTRA_TOKENS = 1  # greedy decoding may go on past the length of the right answer: enough to see that it does not end
+TOKENS_AT_ONCE = 1 << 20  # of rows whose visual tokens are held at a time; one row may have more
 
 Protocol = Literal["both", "teacher_forcing", "greedy"]
 
@@ -106,19 +107,24 @@ class Examiner:
         """
         rows = split_rows([question.max_tokens(protocol) for question in questions], tokens_per_row, self._place.dp_size)
         numbers = rows[self._place.dp_rank :: self._place.dp_size]
-        mine = [[questions[number] for number in row] for row in numbers]
-        visual = [self._encode_frames(row) for row in mine]
-        forced = self._force(mine, visual) if protocol != "greedy" and mine else [[None] * len(row) for row in mine]
-        free = self._decode(mine, visual) if protocol != "teacher_forcing" and mine else [[None] * len(row) for row in mine]
-        found = {
-            number: Outcome(*outcome)
-            for row, row_forced, row_free in zip(numbers, forced, free, strict=True)
-            for number, *outcome in zip(row, row_forced, row_free, strict=True)
-        }
+        found: dict[int, Outcome] = {}
+        at_once = max(self._groups.mesh.pp_size, TOKENS_AT_ONCE // tokens_per_row)
+        for first in range(0, len(numbers), at_once):
+            part = numbers[first : first + at_once]
+            outcomes = self._ask_rows([[questions[number] for number in row] for row in part], protocol)
+            found.update(zip((number for row in part for number in row), outcomes, strict=True))
         shares: list[dict[int, Outcome]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, found)
         joined = {number: outcome for share in shares for number, outcome in share.items()}
         return [joined[number] for number in range(len(questions))]
+
+    def _ask_rows(self, rows: list[list[Question]], protocol: Protocol) -> list[Outcome]:
+        """What the model says to the questions of this rank's rows, row after row."""
+        visual = [self._encode_frames(row) for row in rows]
+        nothing = [[None] * len(row) for row in rows]
+        forced = self._force(rows, visual) if protocol != "greedy" else nothing
+        free = self._decode(rows, visual) if protocol != "teacher_forcing" else nothing
+        return [Outcome(*pair) for pairs in zip(forced, free, strict=True) for pair in zip(*pairs, strict=True)]
 
     def _force(self, rows: list[list[Question]], visual: list[Tensor | None]) -> list[list[tuple[int, ...]]]:
         """Predicted ids at the answer's positions of each question of each row."""
@@ -190,5 +196,10 @@ class Examiner:
 
     def _plan(self, pack: Row) -> RankPlan:
         place = self._place
-        plans = plan_row(pack.spec, ulysses_size=place.ulysses_size, ring_size=place.ring_size, row_multiple=place.row_multiple)
-        return plans[place.cp_rank]
+        return _plan_rows(pack.spec, place.ulysses_size, place.ring_size, place.row_multiple)[place.cp_rank]
+
+
+@lru_cache(maxsize=4)
+def _plan_rows(spec: RowSpec, ulysses_size: int, ring_size: int, row_multiple: int) -> list[RankPlan]:
+    """Planning a million tokens takes half a second, and most trials of a length have the same plan."""
+    return plan_row(spec, ulysses_size=ulysses_size, ring_size=ring_size, row_multiple=row_multiple)
