@@ -7,6 +7,11 @@ Tensor parallelism follows the base: for q, k and v, A is whole on every tp rank
 B is whole. What crosses tp is always the product with A, `rank` numbers per row and adapter. Under sequence_parallel the whole matrices
 see other rows on each tp rank, so they carry Megatron's mark that asks for the sum of their gradients over tp.
 
+PEFT's own Megatron layer (0.21.2) was tried first. It stops with three errors on megatron-core 0.16 (two missing keys, a tuple taken for a
+tensor); with these repaired it puts one adapter beside the fused q, k and v, which is no adapter of the Hugging Face model, its gradients
+are wrong under sequence_parallel (on tp 2 off by 53% for A of q, k, v and by 100% for B of o, because nothing sums them over tp), and its
+wrapper makes distributed checkpoints take each tp rank's half of linear_qkv for the whole.
+
 Shapes: T rows (T / tp for a sequence-parallel input), D hidden size, R rank.
 """
 
