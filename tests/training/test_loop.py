@@ -94,6 +94,10 @@ def read(config: Config, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (Path(config.output_dir) / name).read_text().splitlines()]
 
 
+def summary(config: Config) -> dict:
+    return json.loads((Path(config.output_dir) / "run_summary.json").read_text())
+
+
 def losses(config: Config) -> list[float]:
     return [line["loss"] for line in read(config)]
 
@@ -102,7 +106,7 @@ def test_run_directory(make_config) -> None:
     config = make_config(steps=6, evaluation=["held_out"], training={"evaluation_interval": 4}, checkpoint={"save_interval": 4})
     run_ranks(run_training, 2, config)
     folder = Path(config.output_dir)
-    names = {"config.yaml", "metrics.jsonl", "evaluation.jsonl", "checkpoints", "heartbeat.json", "loss.png"}
+    names = {"config.yaml", "metrics.jsonl", "evaluation.jsonl", "checkpoints", "heartbeat.json", "loss.png", "parameters.json"}
     assert names <= {path.name for path in folder.iterdir()} and not (folder / "interrupted").exists()
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step_0000004", "step_0000006"]
@@ -119,6 +123,13 @@ def test_run_directory(make_config) -> None:
     evaluations = read(config, "evaluation.jsonl")
     assert [line["step"] for line in evaluations] == [4, 6] and all(math.isfinite(line["loss"]) for line in evaluations)
     assert json.loads((folder / "heartbeat.json").read_text())["step"] == 6
+    found = summary(config)
+    assert (found["steps"], found["loss"], found["num_ranks"], found["input"]) == (6, lines[-1]["loss"], 2, "")
+    assert found["evaluation_loss"] == evaluations[-1]["loss"] and found["checkpoint"] == "checkpoints/step_0000006"
+    assert found["tokens"] > found["labelled_tokens"] > 0 and found["frames"] > 0 and found["wall_s"] > 0
+    assert found["parameters"] == json.loads((folder / "parameters.json").read_text())
+    tokens = json.loads((folder / "checkpoints" / "step_0000006" / "tokens.json").read_text())
+    assert tokens["template"] == "plain" and len(tokens["newline_ids"]) == 1 and tokens["rotary_base"] == 10_000.0
 
 
 MESHES = {
@@ -244,11 +255,13 @@ def test_signal_stops_all_ranks_after_the_same_step(make_config) -> None:
     folder = Path(config.output_dir)
     # The handler runs before step 3 asks for the flag or just after it, in which case step 4 sees it.
     stopped = json.loads((folder / "interrupted").read_text())["step"]
-    assert stopped in (3, 4) and len(losses(config)) == stopped
+    assert stopped in (3, 4) and len(losses(config)) == stopped and not (folder / "run_summary.json").exists()
     assert (folder / "checkpoints" / "latest").read_text() == f"step_{stopped:07d}\n"
     run_ranks(run_training, 2, config)
     run_ranks(run_training, 2, whole)
     assert losses(config) == losses(whole) and not (folder / "interrupted").exists()
+    for name in ("tokens", "labelled_tokens", "frames", "parameters"):  # over both parts of the run
+        assert summary(config)[name] == summary(whole)[name]
 
 
 def poison_weight(rank: int, number: int, run) -> None:
@@ -324,3 +337,26 @@ def test_weights_alone_start_a_new_run(make_config) -> None:
     run_ranks(run_training, 1, fresh)
     assert losses(second)[0] < 0.9 * losses(fresh)[0]
     assert [line["step"] for line in read(second)] == [1]
+
+
+def move_frozen(rank: int, number: int, run) -> None:
+    if number == 3:
+        run.state.model.language_model.decoder.final_layernorm.weight.data += 1
+
+
+def test_a_resumed_run_is_compared_with_its_true_start(make_config, tmp_path) -> None:
+    """A frozen weight that moved before the resume is found after it, on another mesh, and where the input lies now does not matter."""
+    first = make_config("first", steps=3)
+    run_ranks(run_training, 1, first)
+    source = Path(first.output_dir) / "checkpoints" / "step_0000003"
+    second = make_config("second", steps=4, training={"trainable": ["vision", "projector"]}, checkpoint={"load": str(source)})
+    sound, unchecked = replace(second, output_dir=str(tmp_path / "sound")), replace(second.training, check_trainable=False)
+    run_ranks(run_training, 2, replace(second, training=unchecked), move_frozen)
+    run_ranks(run_training, 2, sound)
+    source = source.rename(tmp_path / "elsewhere")
+    with pytest.raises(RankError, match="compares with the weights this run began with.*say where that checkpoint is now"):
+        run_ranks(run_training, 1, sound)
+    second, sound = (replace(one, checkpoint=CheckpointConfig(load=str(source))) for one in (second, sound))
+    run_ranks(run_training, 1, sound)  # nothing left to do but the check
+    with pytest.raises(RankError, match="1 frozen tensors differ from the run's input: language_model.decoder.final_layernorm.weight;"):
+        run_ranks(run_training, 1, second)
