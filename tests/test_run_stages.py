@@ -1,0 +1,280 @@
+"""Chains of stages: what is run, skipped, refused and reported. Training is a small program here; tests/end_to_end has the real one."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from programs import ROOT, environment
+from tiny_tokenizers import write_sentencepiece
+
+TOOL = ROOT / "tools" / "run_stages.py"
+TINY = str(ROOT / "examples" / "models" / "tiny.yaml")
+# Stands for training: notes what it was called with, writes what a finished run leaves, or fails or waits where it was told to.
+TRAINING = """
+import json, os, signal, sys, time
+from pathlib import Path
+from megatron_longvila.config_io import parse, to_dict
+assert sys.argv[1:3] == ["-m", "megatron_longvila.train"]
+config = parse(sys.argv[3:])
+folder = Path(config.output_dir)
+folder.mkdir(parents=True, exist_ok=True)
+with open(Path(__file__).with_name("calls.jsonl"), "a") as calls:
+    calls.write(json.dumps({"stage": folder.name, "load": config.checkpoint.load, "lr": config.optimizer.lr}) + "\\n")
+fault = Path(__file__).with_name(f"fault_{folder.name}")
+if fault.exists():
+    if fault.read_text() == "fail":
+        sys.exit(7)
+    stopped = []
+    signal.signal(signal.SIGUSR1, lambda *_: stopped.append(1))
+    (folder / "heartbeat.json").write_text(json.dumps({"pid": os.getpid(), "step": 1}))
+    while not stopped:
+        time.sleep(0.02)
+    (folder / "interrupted").write_text("{}")
+    sys.exit(0)
+(folder / "interrupted").unlink(missing_ok=True)
+name = f"checkpoints/step_{config.training.steps:07d}"
+(folder / name).mkdir(parents=True)
+(folder / name / "complete.json").write_text(json.dumps({"files": {}, "of": folder.name}))
+(folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": 3 / n}) + "\\n" for n in range(1, config.training.steps + 1)))
+(folder / "parameters.json").write_text(json.dumps({"total": {"trained": 10, "frozen": 90}}))
+(folder / "run_summary.json").write_text(json.dumps({
+    "steps": config.training.steps, "tokens": 1000, "labelled_tokens": 100, "frames": 40, "wall_s": 2.5, "loss": 3 / config.training.steps,
+    "evaluation_loss": None, "memory_gib": 0.5, "num_ranks": 1, "input": config.checkpoint.load, "checkpoint": name,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("run_stages", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Workplace:
+    """A folder with a chain of three stages and its data."""
+
+    def __init__(self, folder: Path, tool):
+        self.folder, self.tool, self.output = folder, tool, folder / "out"
+        (folder / "dataset").mkdir()
+        (folder / "dataset" / "dataset.json").write_text('{"hash": "1"}')
+        write_sentencepiece(folder / "tokenizer.model")
+        (folder / "training.py").write_text(TRAINING)
+        (folder / "base.yaml").write_text("training: {steps: 4}\noptimizer: {lr: 0.1}\n")
+        self.chain = {
+            "base": [TINY, "base.yaml"],
+            "tokenizer": "tokenizer.model",
+            "flags": {"data.train": ["dataset"], "model.llm.vocab_size": 448},
+            "stages": [{"name": "one"}, {"name": "two", "flags": {"optimizer.lr": 0.2}}, {"name": "three"}],
+        }
+
+    def words(self, *flags: str) -> list[str]:
+        (self.folder / "chain.yaml").write_text(yaml.safe_dump(self.chain))
+        launcher = f"{sys.executable} {self.folder}/training.py"
+        paths = ["--chain", str(self.folder / "chain.yaml"), "--output_dir", str(self.output)]
+        return [*paths, "--launcher", launcher, "--num_ranks", "1", *flags]
+
+    def run(self, *flags: str) -> int:
+        return self.tool.main(self.words(*flags))
+
+    def calls(self) -> list[dict]:
+        """What training was called with since the last question."""
+        path = self.folder / "calls.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        path.unlink(missing_ok=True)
+        return lines
+
+    def summary(self) -> dict:
+        return json.loads((self.output / "summary.json").read_text())
+
+    def refused(self, *flags: str) -> str:
+        """The one line that a chain is refused with, before anything was started."""
+        with pytest.raises(SystemExit) as error:
+            self.run(*flags)
+        assert self.calls() == []
+        return str(error.value)
+
+
+@pytest.fixture
+def place(tmp_path, tool, monkeypatch) -> Workplace:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tool's handlers are for a process of its own
+    return Workplace(tmp_path, tool)
+
+
+def checkpoint(place: Workplace, stage: str, steps: int = 4) -> str:
+    return str(place.output / "stages" / stage / "checkpoints" / f"step_{steps:07d}")
+
+
+def test_weights_are_handed_over_and_finished_stages_skipped(place, capsys) -> None:
+    assert place.run() == 0
+    calls = place.calls()
+    assert [(call["stage"], call["load"]) for call in calls] == [
+        ("one", ""), ("two", checkpoint(place, "one")), ("three", checkpoint(place, "two"))
+    ]  # fmt: skip
+    assert [call["lr"] for call in calls] == [0.1, 0.2, 0.1]
+    summary = place.summary()
+    assert summary["finished"] and summary["checkpoint"] == checkpoint(place, "three") and summary["chain"] == "chain"
+    assert summary["total"] | {"seconds": 0} == {
+        "steps": 12, "tokens": 3000, "labelled_tokens": 300, "frames": 120, "wall_s": 7.5, "seconds": 0
+    }  # fmt: skip
+    assert [stage["final_loss"] for stage in summary["stages"]] == [0.75] * 3
+    assert summary["stages"][1]["input"] == checkpoint(place, "one")
+    page = (place.output / "summary.html").read_text()
+    assert "3 of 3 stages finished: 3,000 tokens, 120 frames" in page and page.count("<svg") == 1
+    capsys.readouterr()
+    assert place.run() == 0 and place.calls() == []
+    assert capsys.readouterr().out.count("finished before") == 3
+
+
+def test_a_failed_stage_ends_the_chain_and_is_taken_up_again(place, capsys) -> None:
+    (place.folder / "fault_two").write_text("fail")
+    assert place.run() == 3
+    assert "error: stage two: training ended with exit status 7" in capsys.readouterr().err
+    assert [stage["status"] for stage in place.summary()["stages"]] == ["finished", "failed", "pending"]
+    (place.folder / "fault_two").unlink()
+    place.calls()
+    assert place.run() == 0 and [call["stage"] for call in place.calls()] == ["two", "three"]
+    assert [stage["attempts"] for stage in place.summary()["stages"]] == [1, 2, 1]
+
+
+def test_changes_of_a_finished_stage_are_refused(place) -> None:
+    place.run("--stages.one.training.steps", "2")
+    place.calls()
+    message = place.refused()
+    assert "stage one in" in message and "training.steps was 2 and is 4" in message and "--restart_from one" in message
+    assert place.run("--stages.one.training.steps", "2", "--parallel.timeout_s", "5", "--training.recompute", "full") == 0
+    assert place.calls() == []  # how it is run does not matter
+    (place.folder / "dataset" / "dataset.json").write_text('{"hash": "2"}')
+    assert "data was ['1'] and is ['2']" in place.refused("--stages.one.training.steps", "2")
+    (place.folder / "dataset" / "dataset.json").write_text('{"hash": "1"}')
+    place.chain["stages"][1]["flags"]["optimizer.lr"] = 0.3
+    assert "stage two in" in place.refused("--stages.one.training.steps", "2")
+    assert place.run("--stages.one.training.steps", "2", "--restart_from", "two") == 0
+    assert [(call["stage"], call["lr"]) for call in place.calls()] == [("two", 0.3), ("three", 0.1)]
+
+
+def test_an_unfinished_stage_may_change_but_not_its_input(place, capsys) -> None:
+    (place.folder / "fault_two").write_text("fail")
+    assert place.run() == 3
+    assert place.run("--stages.two.optimizer.lr", "0.4") == 3
+    assert "stage two goes on with other fields than it began with: optimizer.lr was 0.2 and is 0.4" in capsys.readouterr().out
+    assert [call["lr"] for call in place.calls() if call["stage"] == "two"] == [0.2, 0.4]
+    place.chain["stages"] = place.chain["stages"][1:]
+    assert "input was" in place.refused()
+
+
+def test_start_weights(place) -> None:
+    start = place.folder / "start"
+    start.mkdir()
+    assert "holds no complete.json" in place.refused("--from_checkpoint", str(start))
+    (start / "complete.json").write_text("{}")
+    assert place.run("--from_checkpoint", str(start)) == 0
+    assert place.calls()[0]["load"] == str(start)
+    (start / "complete.json").write_text("{ }")
+    assert "stage one in" in place.refused("--from_checkpoint", str(start))
+
+
+def test_dry_run_changes_nothing(place, capsys) -> None:
+    place.chain["stages"][1]["flags"] |= {"model.lora.rank": 2, "training.trainable": ["lora"]}
+    assert place.run("--dry_run") == 0 and place.calls() == [] and not place.output.exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "== stage one: pending" and f"--checkpoint.load {checkpoint(place, 'one')}" in lines[3]
+    merged = f"{place.output}/stages/two/merged"
+    assert lines[4].endswith(f"merge_lora.py --checkpoint {checkpoint(place, 'two')} --output {merged}")
+    assert lines[6].endswith(f"--checkpoint.load {merged}")
+
+
+def test_a_stage_whose_adapters_are_not_merged_is_not_finished(place, capsys) -> None:
+    place.chain["stages"][1]["flags"] |= {"model.lora.rank": 2, "training.trainable": ["lora"]}
+    assert place.run() == 3  # the checkpoint of this training holds nothing to merge
+    assert "stage two: merging its adapters ended with exit status 1" in capsys.readouterr().err
+    place.calls()
+    merged = place.output / "stages" / "two" / "merged"
+    merged.mkdir()
+    (merged / "complete.json").write_text("{}")
+    assert place.run() == 0
+    assert [(call["stage"], call["load"]) for call in place.calls()] == [("three", str(merged))]  # two is not trained again
+
+
+REFUSED = {
+    "field": (lambda chain: chain["flags"].update({"optimizer.rate": 1}), "stage one: .*optimizer.rate.*nearest fields"),
+    "rule": (lambda chain: chain["stages"][2].update(flags={"optimizer.lr": -1.0}), "stage three: optimizer.lr=-1.0 must be positive"),
+    "mesh": (lambda chain: chain["flags"].update({"parallel.tp_size": 2}), "stage one: .*tp"),
+    "data": (lambda chain: chain["stages"][1].update(flags={"data.train": ["gone"]}), "stage two: data.train: '.*/gone' holds no dataset"),
+    "fit": (
+        lambda chain: chain["stages"][1].update(flags={"model.llm.ffn_hidden_size": 256}),
+        "stage two: the weights of stage one do not fit: model.llm.ffn_hidden_size is .* there and 256 here",
+    ),
+    "save": (lambda chain: chain["flags"].update({"checkpoint.save_at_end": False}), "save_at_end=false leaves nothing"),
+    "own": (lambda chain: chain["flags"].update({"output_dir": "x"}), "output_dir is set by the chain itself"),
+    "merge": (lambda chain: chain["stages"][0].update(merge_lora=True), "stage one: merge_lora is true and model.lora.rank=0"),
+    "key": (lambda chain: chain["stages"][0].update(flag={}), "unknown key 'flag'; known are .*flags\\?"),
+    "twice": (lambda chain: chain["stages"][1].update(name="one"), "must differ"),
+    "folder": (lambda chain: chain["stages"][1].update(name="../one"), "must be letters"),
+    "none": (lambda chain: chain.update(stages=[]), "at least one stage"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_starts(case: str, place) -> None:
+    harm, message = REFUSED[case]
+    harm(place.chain)
+    found = place.refused()
+    assert re.search(message, found, re.DOTALL), found
+    assert not place.output.exists()
+
+
+def test_refused_flags(place) -> None:
+    assert "no stage 'four', only one, two, three" in place.refused("--stages.four.optimizer.lr", "1")
+    assert "--checkpoint.load is set by the chain itself" in place.refused("--checkpoint.load", "x")
+    assert "--restart_from four must be one of" in place.refused("--restart_from", "four")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "num_ranks", "wanted"),
+    [
+        (None, None, (1, 1)),
+        (None, 4, (4, 4)),
+        ("torchrun --nproc_per_node 4", None, (4, 4)),
+        ("torchrun --nnodes=2 --nproc-per-node=8", None, (16, 8)),
+        ("srun python", 16, (16, 16)),
+        ("srun torchrun --nproc_per_node 8", 32, (32, 8)),
+    ],
+)
+def test_ranks_of_a_launcher(tool, launcher, num_ranks, wanted) -> None:
+    words, *ranks = tool.choose_launcher(launcher, num_ranks)
+    assert tuple(ranks) == wanted and (launcher is None or words == launcher.split())
+
+
+def test_ranks_must_be_known(tool) -> None:
+    with pytest.raises(ValueError, match="does not say how many ranks"):
+        tool.choose_launcher("srun python", None)
+    with pytest.raises(ValueError, match="which starts 16, differ"):
+        tool.choose_launcher("torchrun --nnodes 2 --nproc_per_node 8", 8)
+
+
+def test_a_signal_stops_the_chain_and_a_second_one_is_locked_out(place) -> None:
+    (place.folder / "fault_two").write_text("wait")
+    words = [sys.executable, str(TOOL), *place.words()]
+    with subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        beat, deadline = place.output / "stages" / "two" / "heartbeat.json", time.monotonic() + 60
+        while not beat.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        place.calls()
+        assert "is in use" in place.refused()
+        os.kill(process.pid, signal.SIGTERM)
+        text = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by a signal at stage two; start the same command again" in text, text
+    assert [stage["status"] for stage in place.summary()["stages"]] == ["finished", "interrupted", "pending"]
+    (place.folder / "fault_two").unlink()
+    assert place.run() == 0 and [call["stage"] for call in place.calls()] == ["two", "three"]
