@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_longvila.config import Config
 from megatron_longvila.models.init import global_parameters, mark_parameters, shard_for_rank
+from megatron_longvila.models.lora import is_adapter
 from megatron_longvila.models.siglip import resize_position_table
 from megatron_longvila.parallel.groups import Groups
 
@@ -136,6 +137,8 @@ def from_megatron(state: State, passengers: State, config: Config, *, inner_pref
         tensor = remaining.pop(rule.target)
         _check_shape(rule.target, tensor, shapes[rule.target])
         hf_state.update(zip(rule.sources, (part.contiguous() for part in rule.split(tensor)), strict=True))
+    if any(map(is_adapter, remaining)):
+        raise ValueError("the state has adapters, which the layout does not know; merge them first with tools/merge_lora.py")
     _refuse(missing, remaining)
     for name, tensor in passengers.items():
         if name.endswith(EXTRA_ROWS):

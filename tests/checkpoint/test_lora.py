@@ -94,6 +94,26 @@ def test_merged_equals_unmerged(targets, tmp_path):
     assert not close(run_ranks(_load, 1, source, config, {}, ["vision", "projector"])[0][0], adapted, 1e-2)
 
 
+def test_the_sum_is_rounded_once():
+    """bf16 weights: the product and the sum are fp32."""
+    from megatron_longvila.checkpoint.hf import from_megatron, split_qkv
+    from megatron_longvila.checkpoint.lora import _merge_
+
+    config = make_config()
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in random_state(config).items()}
+    merged = dict(state)
+    _merge_(merged, config)
+    attention = "language_model.decoder.layers.2.self_attention"
+    for field, parts in (("linear_qkv", "qkv"), ("linear_proj", "o")):
+        split = (lambda weight: split_qkv(weight, 4, 16)) if parts == "qkv" else lambda weight: (weight,)
+        before, after = (split(states[f"{attention}.{field}.weight"]) for states in (state, merged))
+        for part, old, new in zip(parts, before, after, strict=True):
+            a, b = (state[f"{attention}.{field}.lora.{part}.{matrix}"].float() for matrix in "AB")
+            assert torch.equal(new, (old.float() + 6.0 / 4 * (b @ a)).to(torch.bfloat16)), part
+    with pytest.raises(ValueError, match="has adapters.*tools/merge_lora.py"):
+        from_megatron(merged, {}, config)
+
+
 def test_what_cannot_be_merged(tmp_path):
     from megatron_longvila.checkpoint.lora import merge_lora
 
