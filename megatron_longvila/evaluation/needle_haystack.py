@@ -48,6 +48,7 @@ class Haystack(Protocol):
 class _File:
     path: Path
     frames: tuple[int, ...]  # the frames of the stream that are taken, in order
+    fingerprint: str
 
 
 class VideoHaystack:
@@ -70,7 +71,7 @@ class VideoHaystack:
                 facts = probe(path, fps=fps)
             except MediaError as error:
                 raise ValueError(f"--haystack {path} {error}") from error
-            self._files.append(_File(path, tuple(select_frames(facts.num_frames, facts.duration_s, rule))))
+            self._files.append(_File(path, tuple(select_frames(facts.num_frames, facts.duration_s, rule)), _fingerprint(path)))
         self._ends = list(accumulate(len(file.frames) for file in self._files))
         self.num_frames: int | None = self._ends[-1]
 
@@ -96,7 +97,7 @@ class VideoHaystack:
         return pixels_FSS3
 
     def describe(self) -> dict[str, Any]:
-        files = [[file.path.name, len(file.frames), _fingerprint(file.path)] for file in self._files]
+        files = [[file.path.name, len(file.frames), file.fingerprint] for file in self._files]
         return {"kind": "video", "fps": self._fps, "fast_resize": self._fast_resize, "frames": self.num_frames, "files": files}
 
 

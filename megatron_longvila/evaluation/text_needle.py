@@ -80,7 +80,7 @@ class TextHaystack:
         room = length - sum(len(self._tokenizer.encode(text)) for _, text in inserted)
         if room < 0:
             raise ValueError(
-                f"--lengths {length}: needle {needle.id!r} and its distractors take {length - room} tokens; ask for longer texts"
+                f"--lengths {length}: needle {needle.id!r} and its distractors alone take {length - room} tokens; ask for longer texts"
             )
         sizes = np.concatenate([[0], np.cumsum(np.resize(self._sizes[order], room // max(1, int(self._sizes.min())) + 1))])
         # Sentences joined by spaces can have a token more or less than apart, so the count is only a start.
