@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def merge_lora(checkpoint: Path, output: Path) -> Merged:
         if done.is_file() and json.loads(done.read_text()) == source and find_damage(output) is None:
             return Merged(written=False)
         raise ValueError(f"--output {output} exists and is not the merged {checkpoint}; choose another folder, or remove it")
-    entries = _load(checkpoint)
+    entries = _load(checkpoint, lambda name: name.startswith(_MODEL))
     state = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
     before = {name: state[name] for name in _adapted_weights(config)}
     _merge_(state, config)
@@ -106,9 +107,10 @@ def export_peft(checkpoint: Path, output: Path) -> list[str]:
     if output.exists():
         raise ValueError(f"--peft_output {output} exists; choose another folder, or remove it")
     _check_exportable(config)
-    state = {unfused_name(name): tensor for name, tensor in _load(checkpoint, ("language_model.",)).items() if isinstance(tensor, Tensor)}
-    tensors = {rule.sources[0]: state[rule.target] for rule in adapter_rules(config)}
-    whole = [rule for rule in rules(config) if _trained_whole(rule, config)]
+    adapters, whole = adapter_rules(config), [rule for rule in rules(config) if _trained_whole(rule, config)]
+    targets = {rule.target for rule in (*adapters, *whole)}
+    state = {unfused_name(name): tensor for name, tensor in _load(checkpoint, lambda name: unfused_name(name) in targets).items()}
+    tensors = {rule.sources[0]: state[rule.target] for rule in adapters}
     passengers = load_file(checkpoint / PASSENGERS) if (checkpoint / PASSENGERS).exists() else {}
     for rule in whole:
         (name,), (tensor,) = rule.sources, rule.split(state[rule.target])
@@ -142,10 +144,10 @@ def _open(checkpoint: Path) -> Config:
     return config
 
 
-def _load(checkpoint: Path, prefixes: tuple[str, ...] = _MODEL) -> dict[str, Any]:
-    """Full tensors, on the CPU, and Megatron's extra objects of the model, under the names they have in the checkpoint."""
+def _load(checkpoint: Path, wants: Callable[[str], bool]) -> dict[str, Any]:
+    """Full tensors, on the CPU, and Megatron's extra objects, of those names in the checkpoint that are wanted."""
     found = load_sharded_metadata(str(checkpoint))
-    wanted = {name: entry for name, entry in found.items() if name.startswith(prefixes)}
+    wanted = {name: entry for name, entry in found.items() if wants(name)}
     return {name: entry for name, entry in dist_checkpointing.load(wanted, str(checkpoint)).items() if name in wanted}
 
 
