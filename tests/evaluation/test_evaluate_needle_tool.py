@@ -76,8 +76,9 @@ def command(data: Path, output: Path, *flags: object, num_ranks: int = 1) -> lis
     if num_ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     words = [
-        *launch, TOOL, "--checkpoint", data / "checkpoint", "--needles", data / "needles.jsonl", "--haystack", data / "a.mp4", data / "b.mp4",
-        "--haystack_fps", 5, "--lengths", "2,6,20", "--depths", "0,0.5,1", "--trials_per_cell", 3, "--output", output, *flags,
+        *launch, TOOL, "--checkpoint", data / "checkpoint", "--needles", data / "needles.jsonl",
+        "--haystack", data / "a.mp4", data / "b.mp4", "--haystack_fps", 5,
+        "--lengths", "2,6,20", "--depths", "0,0.5,1", "--trials_per_cell", 3, "--output", output, *flags,
     ]  # fmt: skip
     return list(map(str, words))
 
@@ -148,11 +149,15 @@ def test_refusals_name_the_way_out(tool, data, finished):
         assert caught.value.code == 2
 
 
-def test_another_test_is_refused_and_help_imports_no_torch(data, finished):
+@pytest.mark.end_to_end
+def test_another_test_is_refused(data, finished):
     before = (finished / "trials.jsonl").read_bytes()
     code, text = start(*command(data, finished, "--seed", 1))
     assert code == 1 and "holds trials of another test (seed changed); give another --output" in text, text
     assert (finished / "trials.jsonl").read_bytes() == before
+
+
+def test_help_imports_no_torch():
     code = "import runpy, sys\nsys.argv = ['tool', '--help']\ntry:\n    runpy.run_path(sys.orig_argv[-1], run_name='__main__')\n"
     code += "finally:\n    assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code, TOOL], capture_output=True, text=True, env=environment())
@@ -183,9 +188,7 @@ def test_four_ranks_find_the_same(data, finished, tmp_path, mesh):
 def test_a_killed_run_goes_on_at_its_cell(data, finished, tmp_path):
     output = tmp_path / "out"
     trials = output / "trials.jsonl"
-    with subprocess.Popen(
-        command(data, output, "--no_needle", "--protocol", "both"), env=environment(), stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen(command(data, output, "--no_needle"), env=environment(), stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not (trials.exists() and trials.stat().st_size):
             assert process.poll() is None and time.monotonic() < deadline
@@ -206,4 +209,5 @@ def test_text_needles(data, tmp_path, plain):
     assert code == 0 and "needle found in 0 of 18 trials" in text, text
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["mode"] == "text" and summary["lengths"] == [30, 90] and summary["haystack"]["shown_times"] > 1
-    assert all(30 < record["num_tokens"] + 8 and record["num_tokens"] < 130 for record in asked(tmp_path / "out"))
+    for record in asked(tmp_path / "out"):  # a sentence at most is missing; the question and its answer come on top
+        assert record["length"] - 8 < record["num_tokens"] < record["length"] + 30
