@@ -159,10 +159,11 @@ def run_stage(one: Planned, before: Planned | None, launcher: list[str], program
         started = {"facts": one.facts, "digest": one.digest, "attempts": one.record.get("attempts", [])}
         one.folder.mkdir(parents=True, exist_ok=True)
         status = attempt(one, started, [*launcher, "-m", "megatron_longvila.train", *training_words(one, load)], programs)
+        # A signal to the whole process group reaches the launcher too, which then reports an error of its own.
+        if (one.folder / "interrupted").exists() and (programs.stop_requested or not status):
+            return False
         if status:
             raise StageFailed(one.stage.name, f"training ended with exit status {status}; its output above says why")
-        if (one.folder / "interrupted").exists():
-            return False
         if not one.trained:
             raise StageFailed(one.stage.name, f"training ended without an error and left no finished checkpoint in {one.folder}")
     if one.merges and not one.result:

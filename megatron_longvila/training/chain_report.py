@@ -144,7 +144,9 @@ def _duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _number(value: float | None) -> str:
@@ -157,10 +159,14 @@ def _parameters(stage: dict[str, Any], kind: str) -> str:
     return f"{stage['parameters']['total'][kind]:,}" if stage.get("parameters") else ""
 
 
+def _with_rank(part: str, rank: int) -> str:
+    return f"lora (rank {rank})" if part == "lora" else part
+
+
 # Heading, and the cell of a stage.
 SETTINGS = (
     ("status", lambda stage: f"<span class='{stage['status']}'>{stage['status']}</span>"),
-    ("trains", lambda stage: html.escape(", ".join(stage["trainable"])) + (f" (rank {stage['lora_rank']})" if stage["lora_rank"] else "")),
+    ("trains", lambda stage: html.escape(", ".join(_with_rank(part, stage["lora_rank"]) for part in stage["trainable"]))),
     ("trained parameters", lambda stage: _parameters(stage, "trained")),
     ("frozen parameters", lambda stage: _parameters(stage, "frozen")),
     ("context (tokens)", lambda stage: _number(stage["context_length"])),
@@ -179,7 +185,7 @@ COSTS = (
     ("frames", lambda stage: _number(stage["frames"])),
     ("training time", lambda stage: _duration(stage["wall_s"])),
     ("elapsed time", lambda stage: _duration(stage["seconds"])),
-    ("starts", lambda stage: _number(stage.get("attempts"))),
+    ("program starts", lambda stage: _number(stage.get("attempts"))),
     ("ranks", lambda stage: _number(stage.get("num_ranks"))),
     ("most memory of a rank (GiB)", lambda stage: _number(stage.get("memory_gib"))),
     ("files", lambda stage: stage.get("files", "")),
