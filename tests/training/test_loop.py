@@ -339,6 +339,22 @@ def test_weights_alone_start_a_new_run(make_config) -> None:
     assert [line["step"] for line in read(second)] == [1]
 
 
+def test_weights_of_other_tokens_are_refused(make_config) -> None:
+    from megatron_longvila.checkpoint.sharded import mark_complete
+
+    first = make_config("first", steps=1)
+    run_ranks(run_training, 1, first)
+    source = Path(first.output_dir) / "checkpoints" / "step_0000001"
+    tokens = json.loads((source / "tokens.json").read_text())
+    (source / "tokens.json").write_text(json.dumps(tokens | {"newline_ids": [5]}))
+    (source / "complete.json").unlink()
+    mark_complete(source)
+    second = make_config("second", steps=1, checkpoint={"load": str(source)})
+    with pytest.raises(RankError, match=r"was trained with newline_ids=\[5\], data.tokenizer gives .*load_parts"):
+        run_ranks(run_training, 1, second)
+    run_ranks(run_training, 1, make_config("third", steps=1, checkpoint={"load": str(source), "load_parts": ["vision", "projector"]}))
+
+
 def move_frozen(rank: int, number: int, run) -> None:
     if number == 3:
         run.state.model.language_model.decoder.final_layernorm.weight.data += 1
