@@ -70,6 +70,7 @@ def evaluate(config: Config, folders: list[Path], *, blank_frames: bool) -> dict
     from tqdm import tqdm
 
     from megatron_longvila import platform
+    from megatron_longvila.checkpoint.origin import check_tokens, describe_tokens
     from megatron_longvila.checkpoint.sharded import load_weights
     from megatron_longvila.config_check import check
     from megatron_longvila.data.index import SampleIndex
@@ -91,6 +92,7 @@ def evaluate(config: Config, folders: list[Path], *, blank_frames: bool) -> dict
     load_weights(Path(config.checkpoint.load), model, groups)
 
     tokenizer, datasets = load_tokenizer(config.data.tokenizer), [open_dataset(folder) for folder in folders]
+    changes = check_tokens(Path(config.checkpoint.load), describe_tokens(tokenizer, config))
     for dataset in datasets:
         if isinstance(dataset, TextDataset):
             raise ValueError(
@@ -100,6 +102,7 @@ def evaluate(config: Config, folders: list[Path], *, blank_frames: bool) -> dict
         datasets, tokenizer, config.data, tokens_per_frame=config.model.tokens_per_frame, vocab_size=config.model.llm.vocab_size
     )
     result: dict[str, Any] = {"checkpoint": config.checkpoint.load, "data": [str(folder) for folder in folders]}
+    result["differs_from_training"] = changes
     with tempfile.TemporaryDirectory(prefix="token-lengths-") as cache_dir:
         for name in ("shown", "blank") if blank_frames else ("shown",):
             place = Place.of(groups, sequence_parallel=config.parallel.sequence_parallel)

@@ -92,6 +92,7 @@ def _numbers(kind: type):
 
 def build_test(arguments: argparse.Namespace, config: Config):
     """(NeedleTest, Haystack of frames or of text, settings that decide the trials). Raises ValueError for what does not fit."""
+    from megatron_longvila.checkpoint.origin import check_tokens, describe_tokens
     from megatron_longvila.data.conversation import check_template
     from megatron_longvila.data.text import load_tokenizer
     from megatron_longvila.evaluation.needle import read_needles
@@ -101,6 +102,7 @@ def build_test(arguments: argparse.Namespace, config: Config):
     from megatron_longvila.evaluation.text_needle import TextHaystack, read_text_needles
 
     tokenizer, vision = load_tokenizer(config.data.tokenizer), config.model.vision
+    check_tokens(arguments.checkpoint, describe_tokens(tokenizer, config))
     if not arguments.plain_text:
         check_template(config.data.template, tokenizer)
     needles = (read_text_needles if arguments.text else read_needles)(arguments.needles)
