@@ -184,16 +184,21 @@ class Loader:
             "seed": self._config.training.seed,
             "epoch": self.epoch,
             "rows_consumed": self.position,
-            "data": self._index.components(),
+            "data": self._decides_rows(),
             "newline_token_ids": list(self._index.newline_ids),
             "skipped": {str(number): reason for number, reason in sorted(self.skipped.items())},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises ValueError naming what differs if it belongs to other data or another seed."""
-        check_same_data(state["data"] | {"seed": str(state["seed"])}, self._index.components() | {"seed": str(self._config.training.seed)})
+        check_same_data(state["data"] | {"seed": str(state["seed"])}, self._decides_rows() | {"seed": str(self._config.training.seed)})
         self.position = state["rows_consumed"]
         self._bad.failed = {int(number): reason for number, reason in state["skipped"].items()}
+
+    def _decides_rows(self) -> dict[str, str]:
+        """What must be the same for a resumed run to read the same rows and see the same pixels, by name."""
+        vision, fast = self._config.model.vision, " by the decoder" * self._config.data.video.fast_resize
+        return self._index.components() | {"pixels": f"{vision.preprocess} to {vision.image_size} px{fast}"}
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         if self._evaluation:

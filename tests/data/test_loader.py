@@ -171,6 +171,14 @@ def test_state_belongs_to_its_data(tokenizer):
             other.load_state_dict(state)
 
 
+def test_state_belongs_to_its_pixels(tokenizer):
+    loader = make(tokenizer, epochs=1)
+    state = loader.state_dict()
+    state["data"]["pixels"] = state["data"]["pixels"].replace("resize", "pad")
+    with pytest.raises(ValueError, match="pixels: pad to .* in the checkpoint, resize to .* now"):
+        loader.load_state_dict(state)
+
+
 def test_failed_sample_is_masked_counted_once_and_stays_skipped(tokenizer, tmp_path):
     dataset = TinyDataset(SHAPES)
     dataset.broken.add(dataset.medium_of(4, 1))  # the image of a sample whose video is fine
