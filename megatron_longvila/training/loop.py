@@ -170,9 +170,20 @@ def fit(run: Run, stop: StopSignal) -> None:
     run.checkpoints.wait()
     done = number if run.first_step < run.total_steps else run.total_steps
     if done == run.total_steps:
+        evaluate_if_missing(run)
         check_end(run)
     if dist.get_rank() == 0:
         finish(run, log, done)
+
+
+def evaluate_if_missing(run: Run) -> None:
+    """Evaluate after the last step if a kill between its checkpoint and its evaluation left that out. Collective over all ranks."""
+    if run.evaluation is None or run.first_step < run.total_steps:
+        return
+    found = [any(line["step"] == run.total_steps for line in metrics.read_lines(run.folder / "evaluation.jsonl"))]
+    dist.broadcast_object_list(found, src=0)
+    if not found[0]:
+        record_evaluation(run, run.total_steps, evaluate(run))
 
 
 def check_end(run: Run) -> None:

@@ -264,6 +264,18 @@ def test_signal_stops_all_ranks_after_the_same_step(make_config) -> None:
         assert summary(config)[name] == summary(whole)[name]
 
 
+def test_a_kill_in_the_last_evaluation_does_not_lose_it(make_config) -> None:
+    """The checkpoint of the last step is there, its evaluation is not: the next start makes up for it, once."""
+    config = make_config(steps=3, evaluation=["held_out"], training={"evaluation_interval": 2})
+    run_ranks(run_training, 2, config)
+    whole, path = read(config, "evaluation.jsonl"), Path(config.output_dir) / "evaluation.jsonl"
+    assert [line["step"] for line in whole] == [2, 3] and whole[0]["loss"] != whole[1]["loss"]
+    path.write_text(json.dumps(whole[0]) + "\n")
+    for _ in range(2):
+        run_ranks(run_training, 2, config)
+        assert read(config, "evaluation.jsonl") == whole and summary(config)["evaluation_loss"] == whole[1]["loss"]
+
+
 def poison_weight(rank: int, number: int, run) -> None:
     if number == 2 and rank == 1:
         run.state.model.language_model.decoder.final_layernorm.weight.data[0] = float("nan")
