@@ -46,7 +46,7 @@ def row_cost(config: Config) -> RowCost:
 
     Forward: a linear layer of a x b costs 2ab per row, attention 4 * heads * head_dim per pair (scores and values). Backward costs a linear
     layer once more for its weight (if it is trained) and once more for its input (if anything before it is trained); attention has no
-    weight, and its backward costs twice its forward. Norms, activations, rotary and softmax are left out.
+    weight, and its backward costs twice its forward. Norms, activations, rotary, softmax and adapters are left out.
     """
     vision, projector, llm = config.model.vision, config.model.projector, config.model.llm
     trained = set(config.training.trainable)
@@ -55,6 +55,7 @@ def row_cost(config: Config) -> RowCost:
     # A trained decoder passes gradients through all of its layers; a frozen one only if something before it is trained.
     llm_factor = 3 if "llm" in trained else 2 if trained else 1
     llm_attention_factor = 3 if trained else 1
+    head_factor = 3 if trained & {"llm", "llm_embeddings"} else llm_factor
 
     patches, width = vision.grid_size**2, vision.hidden_size
     tower_layer = 2 * patches * (4 * width * width + 2 * width * vision.ffn_hidden_size) + 4 * patches * patches * width
@@ -76,7 +77,7 @@ def row_cost(config: Config) -> RowCost:
         frame=frame,
         token=llm_factor * llm.num_layers * layer,
         pair=llm_attention_factor * llm.num_layers * 4 * heads,
-        label=llm_factor * 2 * hidden * llm.vocab_size,
+        label=head_factor * 2 * hidden * llm.vocab_size,
     )
 
 

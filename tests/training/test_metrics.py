@@ -42,6 +42,9 @@ def test_frozen_parts_cost_less() -> None:
     assert projector.token == pytest.approx(whole.token * 2 / 3) and projector.pair == whole.pair
     assert llm.token == whole.token and llm.frame == pytest.approx(whole.frame / 3)
     assert llm.frame < projector.frame < whole.frame
+    embeddings, norms = (row_cost(make_config(trainable=[part])) for part in ("llm_embeddings", "llm_norms"))
+    assert (embeddings.label, norms.label) == (whole.label, pytest.approx(whole.label * 2 / 3))
+    assert embeddings.token == norms.token == projector.token
 
 
 def test_rows_add_up() -> None:
