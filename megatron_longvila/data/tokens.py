@@ -145,7 +145,7 @@ class Documents:
 
     Attributes:
         lengths: tokens of each document. int32 [documents].
-        source_of: place in `sources` of each. int16 [documents].
+        source_of: place in `sources` of each. int32 [documents].
         sources: names, sorted.
         dtype: of the tokens.
     """
