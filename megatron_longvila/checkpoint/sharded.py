@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from megatron_longvila import config_io, platform
 from megatron_longvila.checkpoint.origin import COMPLETE, TOKENS, describe_origin
-from megatron_longvila.config import Config, LoraConfig
+from megatron_longvila.config import Config, LoraConfig, ModelConfig
 from megatron_longvila.models.lora import holds_adapters, is_adapter
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
@@ -145,28 +145,11 @@ class Checkpoints:
         Any layout may continue; random states are restored on the layout that saved them only.
 
         Raises:
-            ValueError: the checkpoint holds weights alone, or was written by another version, with another optimizer backend or while other
-                parts trained, or the loader refuses its state.
+            ValueError: the checkpoint holds weights alone, or was written by another version, with another optimizer backend, while other
+                parts trained or with other adapters or rotary positions, or the loader refuses its state.
         """
         progress = read_progress(folder)
-        if not progress["layout"]:
-            raise ValueError(
-                f"{folder} holds weights alone, no optimizer state and no data position to continue from; "
-                f"start a run from it with --checkpoint.load {folder} and another output_dir"
-            )
-        if "origin" not in progress:
-            raise ValueError(
-                f"{folder} was written by an earlier version of this program and does not say what weights its run began with; "
-                f"start a new run from it with --checkpoint.load {folder} and another output_dir"
-            )
-        wanted = self._progress(progress["step"])
-        for name, field in (("optimizer_backend", "optimizer.backend"), ("trainable", "training.trainable")):
-            if progress[name] != wanted[name]:
-                raise ValueError(
-                    f"{folder} was trained with {field}={progress[name]!r}, this run has {wanted[name]!r}, and the optimizer state of one "
-                    f"does not fit the other; set --{field} as it was, or start a new run from its weights in another output_dir with "
-                    f"--checkpoint.load {folder}"
-                )
+        self._check_resumable(folder, progress)
         metadata = _metadata(self.groups)
         model = state.model.sharded_state_dict(metadata=metadata)
         sharded = {"model": model, "optimizer": state.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)}
@@ -186,6 +169,34 @@ class Checkpoints:
         if dist.get_rank() == 0:
             logger.info("resumed from %s (step %d, written on %s)", folder, progress["step"], progress["layout"])
         return progress["step"]
+
+    def _check_resumable(self, folder: Path, progress: dict[str, Any]) -> None:
+        """Raises ValueError as `resume`."""
+        if not progress["layout"]:
+            raise ValueError(
+                f"{folder} holds weights alone, no optimizer state and no data position to continue from; "
+                f"start a run from it with --checkpoint.load {folder} and another output_dir"
+            )
+        if "origin" not in progress:
+            raise ValueError(
+                f"{folder} was written by an earlier version of this program and does not say what weights its run began with; "
+                f"start a new run from it with --checkpoint.load {folder} and another output_dir"
+            )
+        wanted = self._progress(progress["step"])
+        for name, field in (("optimizer_backend", "optimizer.backend"), ("trainable", "training.trainable")):
+            if progress[name] != wanted[name]:
+                raise ValueError(
+                    f"{folder} was trained with {field}={progress[name]!r}, this run has {wanted[name]!r}, and the optimizer state of one "
+                    f"does not fit the other; set --{field} as it was, or start a new run from its weights in another output_dir with "
+                    f"--checkpoint.load {folder}"
+                )
+        saved, built = (_meaning(config.model) for config in (config_io.load(folder / "config.yaml"), self.config))
+        changed = [f"model.{name} was {saved[name]} and is {built[name]} now" for name in saved if saved[name] != built[name]]
+        if changed:
+            raise ValueError(
+                f"{folder} was trained as another model: {', '.join(changed)}; set it as it was, or start a new run from its weights in "
+                f"another output_dir with --checkpoint.load {folder} (adapters merged first with tools/merge_lora.py)"
+            )
 
     def _progress(self, step: int) -> dict[str, Any]:
         progress = {"version": VERSION, "step": step, "layout": self._layout(), "optimizer_backend": self.config.optimizer.backend}
@@ -319,6 +330,12 @@ def write_text(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def _meaning(model: ModelConfig) -> dict[str, Any]:
+    """Fields that no weight's shape shows (or shows too late) and without which the weights are another model."""
+    lora = replace(model.lora, targets=sorted(model.lora.targets)) if model.lora.rank else LoraConfig()
+    return {"lora": lora, "llm.rotary_base": model.llm.rotary_base, "llm.rope_scaling": model.llm.rope_scaling}
 
 
 def _name(step: int) -> str:

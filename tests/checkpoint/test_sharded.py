@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_longvila.config import CheckpointConfig, Config, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_longvila.config import (
+    CheckpointConfig,
+    Config,
+    LLMConfig,
+    LoraConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RopeScaling,
+    TrainingConfig,
+)
 from ranks import RankError, run_ranks
 
 
@@ -230,6 +239,26 @@ def test_other_trained_parts_are_refused(tmp_path: Path) -> None:
     run_ranks(train, 1, str(tmp_path), make_config(trainable=["projector"]), {}, 1, (1,))
     with pytest.raises(RankError, match=r"training.trainable=\['projector'\], this run has \['llm', 'projector'\].*--checkpoint.load"):
         run_ranks(train, 1, str(tmp_path), make_config(trainable=["projector", "llm"]), {}, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora": LoraConfig(2, 64.0, ["q", "v"])}, r"model.lora was LoraConfig\(rank=2, alpha=16.0.* and is .*alpha=64.0"),
+        ({"lora": LoraConfig(3, 16.0, ["q", "v"])}, "model.lora was .*rank=2.* and is .*rank=3.*merge_lora"),
+        ({"llm": LLMConfig(rotary_base=5e5)}, "model.llm.rotary_base was 1000000.0 and is 500000.0 now"),
+        ({"llm": LLMConfig(rope_scaling=RopeScaling("linear", 4.0))}, "model.llm.rope_scaling was None and is RopeScaling"),
+    ],
+)
+def test_another_model_of_the_same_shape_is_refused(change: dict, message: str, tmp_path: Path) -> None:
+    """The toy has neither adapters nor positions: the configurations are what is compared."""
+    config = make_config()
+    config = replace(config, model=replace(config.model, lora=LoraConfig(2, 16.0, ["q", "v"])))
+    run_ranks(train, 1, str(tmp_path), config, {}, 1, (1,))
+    with pytest.raises(RankError, match=f"was trained as another model: {message}"):
+        run_ranks(train, 1, str(tmp_path), replace(config, model=replace(config.model, **change)), {}, 2)
+    reordered = replace(config, model=replace(config.model, lora=LoraConfig(2, 16.0, ["v", "q"])))
+    run_ranks(train, 1, str(tmp_path), reordered, {}, 2)
 
 
 def _resume_with_te(rank: int, root: str, config: Config) -> None:
