@@ -103,6 +103,12 @@ def build_test(arguments: argparse.Namespace, config: Config):
 
     tokenizer, vision = load_tokenizer(config.data.tokenizer), config.model.vision
     check_tokens(arguments.checkpoint, describe_tokens(tokenizer, config))
+    scaling = config.model.llm.rope_scaling
+    if arguments.protocol == "both" and scaling is not None and scaling.type == "dynamic":
+        raise ValueError(
+            "--protocol both compares nothing under model.llm.rope_scaling.type='dynamic': each token more changes the angles of all "
+            "positions, so the two protocols ask different models; give --protocol teacher_forcing or --protocol greedy"
+        )
     if not arguments.plain_text:
         check_template(config.data.template, tokenizer)
     needles = (read_text_needles if arguments.text else read_needles)(arguments.needles)

@@ -143,6 +143,8 @@ def test_refusals_name_the_way_out(tool, data, finished):
     assert "add --model.llm.max_position_embeddings" in refusal("--lengths", "1000", "--haystack", "generated")
     assert "nearest fields: parallel.ulysses_size" in refusal("--parallel.ulysses", 2)
     assert "must lie between 0" in refusal("--depths", "2")
+    dynamic = '{"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64}'
+    assert "under model.llm.rope_scaling.type='dynamic'" in refusal("--model.llm.rope_scaling", dynamic)
     for flags in (("--plain_text",), ("--text", "--haystack", "a", "b"), ("--lengths", "a,b"), ("--lengths", "1.5")):
         with pytest.raises(SystemExit) as caught:
             tool.parse_arguments(command(data, finished, *flags)[2:])
