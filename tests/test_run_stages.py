@@ -221,6 +221,9 @@ REFUSED = {
     "twice": (lambda chain: chain["stages"][1].update(name="one"), "must differ"),
     "folder": (lambda chain: chain["stages"][1].update(name="../one"), "must be letters"),
     "none": (lambda chain: chain.update(stages=[]), "at least one stage"),
+    "base": (lambda chain: chain.update(base="base.yaml"), "base must be a list of files, not 'base.yaml'"),
+    "flags": (lambda chain: chain["stages"][1].update(flags=["x"]), "stage two: flags must be a mapping"),
+    "bool": (lambda chain: chain["stages"][1].update(merge_lora="no"), "stage two: merge_lora must be true or false, not 'no'"),
 }
 
 

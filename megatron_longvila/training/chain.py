@@ -142,7 +142,8 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
     """Read a chain file; `overrides` are --FIELD VALUE for every stage, or --stages.NAME.FIELD VALUE for one.
 
     Raises:
-        ValueError: no such file, not YAML, unknown or missing keys, names that repeat, an override of an unknown stage.
+        ValueError: no such file, not YAML, unknown or missing keys, values of another kind, names that repeat, an override of an unknown
+            stage.
     """
     try:
         raw = yaml.safe_load(path.read_text())
@@ -157,6 +158,7 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", str(stage["name"])):
             raise ValueError(f"{path}: stage name {stage['name']!r} must be letters, digits, - and _: it names a folder")
         names.append(str(stage["name"]))
+    _check_kinds(raw, path)
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: stage names {names} must differ: each names a folder")
     common, own = _split_overrides(overrides, names)
@@ -255,6 +257,16 @@ def _check_keys(raw: Any, where: str, *, required: Sequence[str], optional: Sequ
     missing = [key for key in required if key not in raw]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} is missing")
+
+
+def _check_kinds(raw: Mapping[str, Any], path: Path) -> None:
+    """Values of the chain and of its stages, which are known to be mappings with known keys."""
+    kinds = {"base": (list, "a list of files"), "config": (list, "a list of files"), "flags": (dict, "a mapping of fields to values")}
+    kinds["merge_lora"] = (bool, "true or false")
+    for where, part in [(f"{path}", raw), *((f"{path}, stage {stage['name']}", stage) for stage in raw["stages"])]:
+        for key, (kind, said) in kinds.items():
+            if part.get(key) is not None and not isinstance(part[key], kind):
+                raise ValueError(f"{where}: {key} must be {said}, not {part[key]!r}")
 
 
 def _flags(fields: Mapping[str, Any], path: Path) -> list[str]:
