@@ -127,7 +127,7 @@ def test_nothing_is_asked_twice_and_a_disagreement_fails(finished, tmp_path, dat
     assert json.loads((output / "summary.json").read_text())["disagreements"] == 1
 
 
-def test_refusals_name_the_way_out(tool, data, finished):
+def test_refusals_name_the_way_out(tool, data, finished, tmp_path):
     def refusal(*flags: object) -> str:
         arguments, rest, prog = tool.parse_arguments(command(data, finished, *flags)[2:])
         with pytest.raises(ValueError) as caught:
@@ -143,6 +143,9 @@ def test_refusals_name_the_way_out(tool, data, finished):
     assert "add --model.llm.max_position_embeddings" in refusal("--lengths", "1000", "--haystack", "generated")
     assert "nearest fields: parallel.ulysses_size" in refusal("--parallel.ulysses", 2)
     assert "must lie between 0" in refusal("--depths", "2")
+    (tmp_path / "config.yaml").write_bytes((data / "checkpoint" / "config.yaml").read_bytes())
+    (tmp_path / "tokens.json").write_text('{"tokenizer_sha256": "0"}')
+    assert "was trained with tokenizer_sha256=0, data.tokenizer gives" in refusal("--checkpoint", tmp_path)
     dynamic = '{"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64}'
     assert "under model.llm.rope_scaling.type='dynamic'" in refusal("--model.llm.rope_scaling", dynamic)
     for flags in (("--plain_text",), ("--text", "--haystack", "a", "b"), ("--lengths", "a,b"), ("--lengths", "1.5")):
