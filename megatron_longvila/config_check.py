@@ -94,6 +94,8 @@ def check_device(config: Config) -> None:
                 "model.attention_backend='auto' is cuDNN on a CUDA device, which has no fp32 kernel, but training.precision='fp32'; use "
                 "--training.precision bf16 or --model.attention_backend reference, or hide the devices with CUDA_VISIBLE_DEVICES="
             )
+        if config.model.attention_backend == "cpu":
+            raise ValueError("model.attention_backend='cpu' is for machines without a CUDA device; use --model.attention_backend auto")
         return
     for name, value, otherwise in (
         ("model.layers", config.model.layers, "local"),

@@ -169,6 +169,8 @@ class TrainableCheck:
     def _refuse(self, when: str, starved: set[str], still: set[str], changed: set[str]) -> None:
         """Raise TrainableError unless the three sets are empty."""
         needs = "lr > 0, media and labels" if self._needs_media else "lr > 0 and labels"
+        # An adapter's A has no gradient before its B, which begins at zero, has moved.
+        too_few = f", fewer than {FIRST_CHECK}: a longer run may be all it needs" if self._totals.counted_steps < FIRST_CHECK else ""
         problems = []
         if starved:
             problems.append(
@@ -188,7 +190,7 @@ class TrainableCheck:
             )
         if problems:
             raise TrainableError(
-                f"{when} ({self._totals.counted_steps} steps had {needs}): {'. '.join(problems)}. "
+                f"{when} ({self._totals.counted_steps} steps had {needs}{too_few}): {'. '.join(problems)}. "
                 "--training.check_trainable false goes on without this check"
             )
 

@@ -5,13 +5,23 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 FOLDER = Path(__file__).parents[2] / "examples" / "quickstart"
+COUNTS = {
+    "images": 40,
+    "albums": 20,
+    "short_videos": 24,
+    "long_videos": 12,
+    "stories": 40,
+    "short_passages": 12,
+    "middle_passages": 12,
+    "long_passages": 12,
+}
 
 
 def load_script(name: str):
@@ -25,115 +35,115 @@ def load_script(name: str):
 make_data, quickstart = load_script("make_data"), load_script("quickstart")
 
 
-@pytest.mark.parametrize("count", [12, 24, 144])
-def test_answers_are_balanced_and_shapes_differ(count):
-    scenes = make_data.draw_scenes(np.random.default_rng(count), count)
-    for name, choices in (("first", make_data.COLOURS), ("second", make_data.COLOURS), ("ground", make_data.GROUNDS)):
-        assert Counter(getattr(scene, name) for scene in scenes) == dict.fromkeys(choices, count // len(choices))
-    assert all(scene.first != scene.second for scene in scenes)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_data.main(["--output_dir", str(folder), *(f"--{name}={count}" for name, count in COUNTS.items()), "--needles=64"])
+    return folder
 
 
-def test_training_scenes_avoid_the_held_out_ones():
-    rng = np.random.default_rng(0)
-    heldout = make_data.draw_scenes(rng, 24)
-    assert not set(heldout) & set(make_data.draw_scenes(rng, 144, excluded=heldout))
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("count", [0, 20])
-def test_a_number_of_videos_that_cannot_balance_is_refused(count):
-    with pytest.raises(ValueError, match="multiple of 12"):
-        make_data.draw_scenes(np.random.default_rng(0), count)
+def test_no_training_row_shows_a_held_out_card(world):
+    """By the cards that the written rows name, each by border, ink and sign."""
+    held_out = {"".join(card) for card in make_data.HELD_OUT}
+    needles = {card for row in read_rows(world / "needles/needles.jsonl") for card in row["cards"]}
+    assert len(make_data.CARDS) == 1024 and needles == held_out and len(held_out) == 64
+    shown = {card for name in ("images", "albums", "short", "long") for row in read_rows(world / f"{name}.jsonl") for card in row["cards"]}
+    assert len(shown) > 50 and not shown & held_out
+    pairs = {(card.colour, card.sign) for cards in make_data.TRAINED.values() for card in cards}
+    assert len(pairs) == 8 * 16  # every border with every sign, in another ink
 
 
-def test_pictures_show_the_scene():
-    """The first colour and no second before the cut, the other way round after it, the ground throughout; both shapes move."""
-    rng = np.random.default_rng(0)
-    for scene in make_data.draw_scenes(rng, 12):
-        frames = make_data.render(scene, rng)
-        first, second = ((frames == make_data.COLOURS[colour]).all(-1) for colour in (scene.first, scene.second))
-        half = make_data.FRAMES // 2
-        assert first[: half - 1].any((1, 2)).all() and not first[half + 1 :].any()
-        assert second[half + 1 :].any((1, 2)).all() and not second[: half - 1].any()
-        assert (first[0] != first[half - 2]).any() and (second[half + 1] != second[-1]).any()
-        assert (frames == make_data.GROUNDS[scene.ground]).all(-1).any((1, 2)).all()
+def test_the_same_arguments_write_the_same_rows(world, tmp_path):
+    make_data.main(["--output_dir", str(tmp_path), *(f"--{name}={count}" for name, count in COUNTS.items()), "--needles=64"])
+    names = [path.relative_to(world) for path in world.rglob("*") if path.suffix in (".jsonl", ".txt", ".model", ".png", ".jpg")]
+    assert len(names) > 200
+    assert all((world / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
 
 
-def test_the_script_makes_videos_rows_and_whole_words(tmp_path):
+def test_every_word_is_one_piece_and_texts_have_their_length(world):
     from megatron_longvila.data.text import load_tokenizer
-    from megatron_longvila.data.video import probe
 
-    counts = ["--train_videos", "24", "--heldout_videos", "12"]
-    for folder in ("a", "b"):
-        make_data.main(["--output_dir", str(tmp_path / folder), *counts])
-    rows = {
-        split: [json.loads(line) for line in (tmp_path / f"a/{split}.jsonl").read_text().splitlines()] for split in ("train", "heldout")
-    }
-    assert {split: len(rows[split]) for split in rows} == {"train": 24, "heldout": 12}
-    answers = {
-        split: {frozenset(turn["value"] for turn in row["conversations"] if turn["from"] == "gpt") for row in rows[split]} for split in rows
-    }
-    assert not answers["train"] & answers["heldout"]
-    facts = probe(tmp_path / "a/videos" / rows["train"][0]["video"])
-    assert (facts.codec, facts.num_frames, facts.width) == ("h264", make_data.FRAMES, make_data.SIDE)
-
-    for name in ("train.jsonl", "heldout.jsonl", "tokenizer.model"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    tokenizer = load_tokenizer(tmp_path / "a/tokenizer.model")
-    assert tokenizer.vocab_size <= 384  # of the tiny model
-    for turns in (row["conversations"] for row in rows["heldout"]):
-        assert all(len(tokenizer.encode(turn["value"])) == 2 for turn in turns if turn["from"] == "gpt")
-    for name in make_data.SPECIALS[:2]:
-        assert tokenizer.special_id(name) not in tokenizer.encode(f"say {name}")
+    tokenizer = load_tokenizer(world / "tokenizer.model")
+    for name, length in (("short", make_data.SHORT), ("middle", make_data.MIDDLE), ("long", make_data.LONG)):
+        texts = [row["text"] for row in read_rows(world / f"passages-{name}.jsonl")]
+        assert {len(tokenizer.encode(text)) + 1 for text in texts} == {length}  # and the token that ends it
+    for row in read_rows(world / "short.jsonl"):
+        for turn in row["conversations"]:
+            words = turn["value"].replace("<video>\n", "").replace("<image>\n", "").replace("\n", " \n ").split(" ")
+            assert len(tokenizer.encode(turn["value"].replace("<video>\n", "").replace("<image>\n", ""))) == len([w for w in words if w])
 
 
-SEEING = {"num_questions": 72, "question_only_accuracy": 0.17, "low": 0.5}
-BLIND = {"low": 0.05}
+def test_videos_show_their_cards(world):
+    """As many white card faces as cards, at one frame a second, between frames of scenes."""
+    from megatron_longvila.data.video import decode_frames, probe
+
+    for row in read_rows(world / "long.jsonl"):
+        path = world / "media" / row["video"]
+        facts = probe(path)
+        assert (facts.codec, facts.width, facts.duration_s) == ("h264", make_data.SIDE, facts.num_frames)
+        frames, status = decode_frames(
+            path, list(range(facts.num_frames)), image_size=make_data.SIDE, preprocess="resize", fast_resize=False, timeout_s=30
+        )
+        inner = slice(make_data.BORDER + 2, make_data.BORDER + 6)
+        faces = (frames[:, inner, inner] > 200).all((1, 2, 3)).sum()
+        assert not status.any() and faces == len(row["cards"]) == len(row["conversations"]) // 2
+
+
+def test_scenes_move_and_come_back():
+    rng = np.random.default_rng(0)
+    frames = make_data.draw_scene(make_data.Scene("red", "circle", "left", "grey"), 15, rng)
+    red = (frames == make_data.COLOURS["red"]).all(-1)
+    assert red.any((1, 2)).all() and (red[0] != red[1]).any() and (red[0] == red[14]).all()  # 14 steps of 4 pixels are one side
+
+
+AFTER = {"trials": 125, "needle_accuracy": 0.97, "no_needle_accuracy": 0.05, "chance_given_question": 0.2}
+TEXT = [{"lengths": [60, 480], "accuracy_by_length": {"60": 0.9, "480": accuracy}} for accuracy in (0.1, 0.8)]
 
 
 @pytest.mark.parametrize(
-    ("shown", "blank", "problem"),
+    ("after", "text", "problem"),
     [
-        ({}, {}, None),
-        ({"num_questions": 59}, {}, "59 questions are fewer than 60"),
-        ({"low": 0.17}, {}, "lower bound 0.170 is not above 0.170"),
-        ({}, {"low": 0.18}, "black frames the 99% lower bound 0.180 is above 0.170"),
+        ({}, TEXT, None),
+        ({"trials": 99}, TEXT, "99 trials are fewer than 100"),
+        ({"needle_accuracy": 0.949}, TEXT, "0.949 of the trials, below 0.95"),
+        ({"no_needle_accuracy": 0.21}, TEXT, "without the needle 0.210 are right, above the 0.200"),
+        ({}, TEXT[::-1], "the text needle at 480 tokens went from 0.800 to 0.100"),
+        ({}, [TEXT[1], TEXT[1]], "the text needle at 480 tokens went from 0.800 to 0.800"),
     ],
 )
-def test_the_gate(shown, blank, problem):
-    problems = quickstart.judge(SEEING | shown, BLIND | blank)
+def test_the_gate(after, text, problem):
+    problems = quickstart.judge(AFTER | after, *text)
     assert len(problems) == (problem is not None)
     assert problem is None or problem in problems[0]
 
 
 @pytest.mark.end_to_end
 def test_too_few_steps_are_found_out(tmp_path):
-    """All of the quickstart with 12 steps: stopped, resumed, evaluated, reported, and refused; a second start does nothing again."""
-    config = (FOLDER / "train.yaml").read_text()
-    for name, value in (("steps", 12), ("evaluation_interval", 0), ("warmup_steps", 10), ("interval", 1)):
-        lines = [line for line in config.splitlines() if line.strip().startswith(f"{name}:")]
-        assert len(lines) == 1, name
-        config = config.replace(lines[0], f"{lines[0].split(':')[0]}: {value}")
-    (tmp_path / "train.yaml").write_text(config)
+    """The stages from 3 on with six steps each: stopped, resumed, asked, reported, and refused; a second start does nothing again."""
+    chain = yaml.safe_load((FOLDER / "chain.yaml").read_text())
+    stages = [stage for stage in chain["stages"] if stage["name"] in ("short_sft", "context_extension", "long_sft")]
+    for stage in stages:
+        settings = yaml.safe_load((FOLDER / stage["config"][-1]).read_text())
+        settings["training"]["steps"] = 6
+        (tmp_path / stage["config"][-1]).parent.mkdir(exist_ok=True)
+        (tmp_path / stage["config"][-1]).write_text(yaml.safe_dump(settings))
+    chain |= {"base": [str(FOLDER / "model.yaml")], "stages": stages}
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump(chain))
     out = tmp_path / "out"
-    command = [sys.executable, str(FOLDER / "quickstart.py"), "--output_dir", str(out), "--train_config", str(tmp_path / "train.yaml")]
+    command = [sys.executable, str(FOLDER / "quickstart.py"), "--output_dir", str(out), "--chain", str(tmp_path / "chain.yaml")]
+    command += ["--trials_per_cell", "1", "--data", *(f"{name}={count}" for name, count in COUNTS.items()), "needles=64"]
     environment = os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}
-    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment) for _ in range(2))
-    assert first.returncode == 1 and "FAILED: the accuracy's 99% lower bound" in first.stderr, first.stdout + first.stderr
-    assert second.returncode == 1 and second.stdout.count(": done before") == 5 and "$" not in second.stdout
+    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment) for _ in range(2))
+    assert first.returncode == 1 and "FAILED: after stage 5 the needle is found in" in first.stderr, first.stdout + first.stderr
+    assert second.returncode == 1 and second.stdout.count(": done before") == 9 and "$" not in second.stdout
 
     summary = json.loads((out / "summary.json").read_text())
-    assert not summary["passed"] and summary["num_questions"] == 72
-    stopped = summary["stopped_at_step"]
-    assert (
-        4 <= stopped < 12 and f"stopped by a signal after step {stopped}" in first.stdout and f"steps {stopped + 1} to 12" in first.stdout
-    )
-    steps = [json.loads(line)["step"] for line in (out / "run/metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 13))
-    assert 0 < summary["memory_gib"] < 6
+    assert not summary["passed"] and summary["needle_trials"] == 25 and [stage["steps"] for stage in summary["stages"]] == [6, 6, 6]
+    assert f"resumed it.\n\n{'stage':<20}" in first.stdout and summary["stopped"].startswith("short_sft after step ")
+    assert 0 < summary["memory_gib"] < 8
     for name, path in summary["files"].items():
         assert Path(path).exists(), name
-    hashes = [
-        {json.loads(line)["sha256"] for line in (out / f"data/{split}/media.jsonl").read_text().splitlines()}
-        for split in ("train", "heldout")
-    ]
-    assert len(hashes[0]) == 144 and len(hashes[1]) == 24 and not hashes[0] & hashes[1]
