@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,30 @@ def test_weights_are_handed_over_and_finished_stages_skipped(place, capsys) -> N
     capsys.readouterr()
     assert place.run() == 0 and place.calls() == []
     assert capsys.readouterr().out.count("finished before") == 3
+
+
+def test_weights_of_stages_before_a_finished_one_may_be_removed(place, capsys) -> None:
+    assert place.run() == 0 and len(place.calls()) == 3
+    shutil.rmtree(checkpoint(place, "one"))
+    capsys.readouterr()
+    assert place.run() == 0 and place.calls() == []
+    assert "one: finished before, its weights removed since" in capsys.readouterr().out and place.summary()["finished"]
+    shutil.rmtree(checkpoint(place, "three"))
+    assert place.run() == 0 and [call["stage"] for call in place.calls()] == ["three"]
+
+
+def test_dry_run_of_a_restart(place, capsys) -> None:
+    assert place.run() == 0 and len(place.calls()) == 3
+    capsys.readouterr()
+    assert place.run("--dry_run", "--restart_from", "two") == 0 and place.calls() == []
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line[0] == "="] == [
+        "== stage one: finished",
+        *(f"== stage {n}: to be trained" for n in ("two", "three")),
+    ]
+    assert [f"--checkpoint.load {checkpoint(place, name)}" in line for name, line in (("one", lines[2]), ("two", lines[4]))] == [True, True]
+    assert Path(checkpoint(place, "three")).exists()
+    assert "--restart_from four must be one of" in place.refused("--dry_run", "--restart_from", "four")
 
 
 def test_a_failed_stage_ends_the_chain_and_is_taken_up_again(place, capsys) -> None:

@@ -27,6 +27,8 @@ from megatron_longvila.training.chain import (
     Chain,
     Planned,
     check_finished,
+    find_stage,
+    first_open,
     plan_chain,
     read_chain,
     restart_from,
@@ -191,11 +193,11 @@ def attempt(one: Planned, record: dict[str, Any], words: Sequence[str], programs
 
 def run_chain(chain: Chain, planned: list[Planned], launcher: list[str], output_dir: Path, programs: Programs) -> int:
     """Run what is not finished; returns the exit status."""
-    before = None
+    before, done = None, first_open(planned)
     for number, one in enumerate(planned, 1):
         title = f"== stage {number} of {len(planned)}: {one.stage.name}"
-        if one.result:
-            print(f"{title}: finished before", flush=True)
+        if number <= done:
+            print(f"{title}: finished before{'' if one.result else ', its weights removed since'}", flush=True)
         else:
             print(title, flush=True)
             try:
@@ -214,19 +216,23 @@ def run_chain(chain: Chain, planned: list[Planned], launcher: list[str], output_
     return 0
 
 
-def show(planned: list[Planned], launcher: list[str]) -> None:
-    """The commands that are still to run, for --dry_run."""
+def show(planned: list[Planned], launcher: list[str], done: int) -> None:
+    """The commands that are still to run after the first `done` stages, for --dry_run."""
     before = None
-    for one in planned:
-        print(f"== stage {one.stage.name}: {one.status()}")
+    for number, one in enumerate(planned, 1):
+        print(f"== stage {one.stage.name}: {'finished' if number <= done else 'to be trained' if one.result else one.status()}")
+        if number <= done:
+            before = one.result
+            continue
+        trained = None if one.result else one.trained  # a result here is one that --restart_from removes
         last = one.folder / f"checkpoints/{f'step_{one.config.training.steps:07d}' if one.config.training.steps else 'LAST_STEP'}"
-        if not one.trained:
+        if not trained:
             words = training_words(one, str(before) if before else one.config.checkpoint.load)
             print("$", shlex.join([*launcher, "-m", "megatron_longvila.train", *words]))
-        if one.merges and not one.result:
-            merge = ["--checkpoint", str(one.trained or last), "--output", str(one.merged)]
+        if one.merges:
+            merge = ["--checkpoint", str(trained or last), "--output", str(one.merged)]
             print("$", shlex.join([sys.executable, str(ROOT / "tools/merge_lora.py"), *merge]))
-        before = one.result or (one.merged if one.merges else last)
+        before = one.merged if one.merges else last
 
 
 def choose_launcher(launcher: str | None, num_ranks: int | None) -> tuple[list[str], int, int]:
@@ -266,9 +272,11 @@ def main(argv: list[str] | None = None) -> int:
         start = arguments.from_checkpoint and arguments.from_checkpoint.absolute()
         planned = plan_chain(chain, output_dir, start, num_ranks=num_ranks, ranks_per_host=ranks_per_host)
         if arguments.dry_run:
-            if not arguments.restart_from:
-                check_finished(planned)
-            show(planned, launcher)
+            done = first_open(planned)
+            if arguments.restart_from:
+                done = first_open(planned[: find_stage(planned, arguments.restart_from)])
+            check_finished(planned[:done] if arguments.restart_from else planned)
+            show(planned, launcher, done)
             return 0
         with locked(output_dir) as lock:
             programs = Programs(lock)

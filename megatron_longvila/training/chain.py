@@ -232,12 +232,22 @@ def check_finished(planned: Sequence[Planned]) -> list[str]:
     return changes
 
 
-def restart_from(planned: Sequence[Planned], name: str) -> None:
-    """Remove the folders of a stage and of all that follow. Raises ValueError for an unknown name."""
+def first_open(planned: Sequence[Planned]) -> int:
+    """Place of the first stage that is still needed: all before a finished one are done, also where their weights were removed since."""
+    return max((place for place, one in enumerate(planned, 1) if one.result), default=0)
+
+
+def find_stage(planned: Sequence[Planned], name: str) -> int:
+    """Place of the stage that --restart_from names. Raises ValueError if there is none."""
     names = [one.stage.name for one in planned]
     if name not in names:
         raise ValueError(f"--restart_from {name} must be one of the chain's stages {', '.join(names)}")
-    for one in planned[names.index(name) :]:
+    return names.index(name)
+
+
+def restart_from(planned: Sequence[Planned], name: str) -> None:
+    """Remove the folders of a stage and of all that follow. Raises ValueError for an unknown name."""
+    for one in planned[find_stage(planned, name) :]:
         if one.record:
             shutil.rmtree(one.folder)
 

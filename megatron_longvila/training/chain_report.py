@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_longvila.training.chain import Chain, Planned
+from megatron_longvila.training.chain import Chain, Planned, first_open
 from megatron_longvila.training.metrics import read_lines, write_json
 
 PANELS_PER_ROW = 3
@@ -36,7 +36,9 @@ def summarise_chain(chain: Chain, planned: Sequence[Planned], failed: str | None
     Args:
         failed: the stage whose program has just failed.
     """
-    stages = [_summarise_stage(one, "failed" if one.stage.name == failed else one.status()) for one in planned]
+    done = first_open(planned)
+    statuses = ["finished" if place < done else "failed" if one.stage.name == failed else one.status() for place, one in enumerate(planned)]
+    stages = [_summarise_stage(one, status) for one, status in zip(planned, statuses, strict=True)]
     sums = {
         name: sum(stage[name] or 0 for stage in stages) for name in ("steps", "tokens", "labelled_tokens", "frames", "wall_s", "seconds")
     }
