@@ -255,17 +255,14 @@ class World:
         write_video(self.folder / "needles" / "haystack.mp4", draw_movie(haystack_frames, self.rng))
 
     def write_text_needles(self, count: int) -> None:
+        """Facts, each with one of every other kind to mislead, and a file of filler."""
         rows = []
         for number in range(count):
+            values = {kind: str(self.rng.choice(words)) for kind, words in FACTS.items()}
             kind = list(FACTS)[number % len(FACTS)]
-            value = str(self.rng.choice(FACTS[kind]))
-            row = {
-                "id": f"fact-{number}",
-                "facts": f"the {kind} is {value} .",
-                "question": f" what is the {kind} ?",
-                "answer": f"{value} .",
-            }
-            rows.append(row)
+            sentences = {name: f"the {name} is {value} ." for name, value in values.items()}
+            row = {"id": f"fact-{number}", "facts": sentences.pop(kind), "distractors": list(sentences.values())}
+            rows.append(row | {"question": f" what is the {kind} ?", "answer": f"{values[kind]} ."})
         self.write_rows("text_needles.jsonl", rows)
         (self.folder / "filler.txt").write_text("\n".join(FILLER) + "\n")
 

@@ -42,7 +42,7 @@ DATA = {
 }
 STOPPED_STAGE, STOP_AT = "short_sft", 0.4  # where the signal is sent, and after which share of its steps
 FRAMES, TOKENS, DEPTHS = "8,16,32,48,64", "60,120,240,480", "0,0.25,0.5,0.75,1"
-MIN_TRIALS, MIN_ACCURACY, MIN_TEXT_ACCURACY, MIN_GAP = 100, 0.95, 0.8, 0.2
+MIN_TRIALS, MIN_ACCURACY, MIN_TEXT_ACCURACY, MIN_GAP = 100, 0.95, 0.6, 0.2
 MM_SP = ("--parallel.ulysses_size", "2", "--parallel.ring_size", "2")
 
 
