@@ -71,7 +71,6 @@ def evaluate(config: Config, folders: list[Path], *, blank_frames: bool) -> dict
 
     from megatron_longvila import platform
     from megatron_longvila.checkpoint.origin import check_tokens, describe_tokens
-    from megatron_longvila.checkpoint.sharded import load_weights
     from megatron_longvila.config_check import check
     from megatron_longvila.data.index import SampleIndex
     from megatron_longvila.data.loader import Loader, Place
@@ -79,17 +78,13 @@ def evaluate(config: Config, folders: list[Path], *, blank_frames: bool) -> dict
     from megatron_longvila.data.text import load_tokenizer
     from megatron_longvila.data.text_rows import TextDataset
     from megatron_longvila.evaluation.answers import predict_labels, score_answers, summarise
-    from megatron_longvila.models.init import mark_parameters
-    from megatron_longvila.models.longvila import build_model
+    from megatron_longvila.evaluation.model import load_model
     from megatron_longvila.parallel.groups import initialize_groups
     from megatron_longvila.training.loss import predict
 
     platform.init_distributed(config.parallel.timeout_s)
     groups = initialize_groups(check(config, dist.get_world_size()), timeout_s=config.parallel.timeout_s)
-    platform.seed(config.training.seed, groups.pp.rank())
-    model = build_model(config, groups)
-    mark_parameters(model)
-    load_weights(Path(config.checkpoint.load), model, groups)
+    model = load_model(config, groups)
 
     tokenizer, datasets = load_tokenizer(config.data.tokenizer), [open_dataset(folder) for folder in folders]
     changes = check_tokens(Path(config.checkpoint.load), describe_tokens(tokenizer, config))

@@ -160,13 +160,11 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
     from tqdm import tqdm
 
     from megatron_longvila import platform
-    from megatron_longvila.checkpoint.sharded import load_weights
     from megatron_longvila.config_check import check
+    from megatron_longvila.evaluation.model import load_model
     from megatron_longvila.evaluation.needle_haystack import FrameReader
     from megatron_longvila.evaluation.needle_protocols import Examiner
     from megatron_longvila.evaluation.needle_results import Records, disagrees, is_correct
-    from megatron_longvila.models.init import mark_parameters
-    from megatron_longvila.models.longvila import build_model
     from megatron_longvila.parallel.groups import initialize_groups
     from megatron_longvila.training.loss import predict
 
@@ -180,12 +178,8 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
     cells = [cell for cell in test.grid.cells if cell.key not in done[0]]
 
     if cells:
-        platform.seed(config.training.seed, groups.pp.rank())
-        model = build_model(config, groups)
-        mark_parameters(model)
-        load_weights(Path(config.checkpoint.load), model, groups)
         examiner = Examiner(
-            model,
+            load_model(config, groups),
             groups,
             config,
             predict=lambda language_model, hidden, labels_T: predict(language_model, hidden, labels_T, config),
