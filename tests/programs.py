@@ -1,11 +1,16 @@
 """The command lines as a user types them: own processes, real files, and a time limit, because bad input must never hang a run."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+from media import video_bytes
+from tiny_tokenizers import write_sentencepiece
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +50,29 @@ def train(output: Path, datasets: list[Path], tokenizer: Path, *flags: object, n
         "--model.llm.vocab_size", 448, "--data.context_length", 128, "--data.global_batch_size", 2, "--logging.sample_ids", "true",
         "--checkpoint.save_at_end", "false", *flags,
     )  # fmt: skip
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script of tools/ or examples/ as a module, without running it."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_question_videos(folder: Path) -> None:
+    """Eight H.264 videos with one question each, preprocessed into folder/dataset, and folder/tokenizer.model."""
+    (folder / "media").mkdir()
+    rows = []
+    for number in range(8):
+        (folder / "media" / f"{number}.mp4").write_bytes(video_bytes(range(10 + number)))
+        turns = [{"from": "human", "value": "<video>\nHow many?"}, {"from": "gpt", "value": f"There are {number} circles."}]
+        rows.append({"id": f"row-{number}", "video": f"{number}.mp4", "conversations": turns})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, text = preprocess(folder / "rows.jsonl", folder / "media", folder / "dataset")
+    assert code == 0, text
+    write_sentencepiece(folder / "tokenizer.model")
 
 
 def read_lines(path: Path) -> list[dict]:

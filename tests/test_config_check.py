@@ -172,13 +172,18 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_rule(rule):
-    flags, world_size, words, legal_flags = RULES[rule]
+def assert_refused(flags: str, world_size: int, words: list[str]) -> None:
+    """The check refuses these flags and its message has all the words."""
     with pytest.raises(ValueError) as error:
         check(tiny(flags), world_size)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rule(rule):
+    flags, world_size, words, legal_flags = RULES[rule]
+    assert_refused(flags, world_size, words)
     assert check(tiny(legal_flags), 2 if rule == "sequence_parallel alone" else world_size).world_size >= world_size
 
 

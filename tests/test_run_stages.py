@@ -1,6 +1,5 @@
 """Chains of stages: what is run, skipped, refused and reported. Training is a small program here; tests/end_to_end has the real one."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from programs import ROOT, environment
+from programs import ROOT, environment, load_script
 from tiny_tokenizers import write_sentencepiece
 
 TOOL = ROOT / "tools" / "run_stages.py"
@@ -55,10 +54,7 @@ name = f"checkpoints/step_{config.training.steps:07d}"
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("run_stages", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(TOOL)
 
 
 class Workplace:

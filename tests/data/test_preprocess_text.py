@@ -1,7 +1,6 @@
 """tools/preprocess_text.py: what is a document, what is refused and why, which documents are drawn, and that a kill costs only time."""
 
 import functools
-import importlib.util
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from programs import load_script
 from text_files import options, pack_lines, text, write_file, write_words
 
 from megatron_longvila.data import preprocess_text as module
@@ -31,10 +31,7 @@ def words(tmp_path_factory) -> Path:
 
 @functools.cache
 def tool():
-    specification = importlib.util.spec_from_file_location("preprocess_text_tool", TOOL)
-    loaded = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(loaded)
-    return loaded
+    return load_script(TOOL)
 
 
 def of_set(name: str, value: str) -> dict:

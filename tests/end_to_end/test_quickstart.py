@@ -1,6 +1,5 @@
 """The quickstart's parts by themselves, and all of it with too few steps: it must say so. CI runs it as it is."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from programs import load_script
 
 FOLDER = Path(__file__).parents[2] / "examples" / "quickstart"
 COUNTS = {
@@ -24,15 +24,7 @@ COUNTS = {
 }
 
 
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(f"quickstart_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-make_data, quickstart = load_script("make_data"), load_script("quickstart")
+make_data, quickstart = (load_script(FOLDER / f"{name}.py") for name in ("make_data", "quickstart"))
 
 
 @pytest.fixture(scope="module")

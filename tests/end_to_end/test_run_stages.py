@@ -10,9 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from media import video_bytes
-from programs import ROOT, environment, read_lines, start
-from tiny_tokenizers import write_sentencepiece
+from programs import ROOT, environment, read_lines, start, write_question_videos
 
 pytestmark = pytest.mark.end_to_end
 
@@ -51,17 +49,7 @@ optimizer: {lr: 0.005}
 def folder(tmp_path_factory) -> Path:
     """Eight H.264 videos with one question each, a tokenizer and a chain file that names them by relative paths."""
     folder = tmp_path_factory.mktemp("chain")
-    (folder / "media").mkdir()
-    rows = []
-    for number in range(8):
-        (folder / "media" / f"{number}.mp4").write_bytes(video_bytes(range(10 + number)))
-        turns = [{"from": "human", "value": "<video>\nHow many?"}, {"from": "gpt", "value": f"There are {number} circles."}]
-        rows.append({"id": f"row-{number}", "video": f"{number}.mp4", "conversations": turns})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    paths = ["--input", folder / "rows.jsonl", "--media_root", folder / "media", "--output", folder / "dataset"]
-    code, text = start(sys.executable, ROOT / "tools" / "preprocess_video.py", *paths)
-    assert code == 0, text
-    write_sentencepiece(folder / "tokenizer.model")
+    write_question_videos(folder)
     (folder / "chain.yaml").write_text(CHAIN)
     (folder / "extension.yaml").write_text(EXTENSION)
     return folder

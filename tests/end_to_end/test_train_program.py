@@ -9,9 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from media import video_bytes
-from programs import ROOT, environment, start
-from tiny_tokenizers import write_sentencepiece
+from programs import ROOT, environment, start, write_question_videos
 
 pytestmark = pytest.mark.end_to_end
 
@@ -20,16 +18,7 @@ pytestmark = pytest.mark.end_to_end
 def data(tmp_path_factory) -> Path:
     """Eight H.264 videos with one question each, preprocessed by the tool, and a tokenizer."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "media").mkdir()
-    rows = []
-    for number in range(8):
-        (folder / "media" / f"{number}.mp4").write_bytes(video_bytes(range(10 + number)))
-        turns = [{"from": "human", "value": "<video>\nHow many?"}, {"from": "gpt", "value": f"There are {number} circles."}]
-        rows.append({"id": f"row-{number}", "video": f"{number}.mp4", "conversations": turns})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    paths = ["--input", folder / "rows.jsonl", "--media_root", folder / "media", "--output", folder / "dataset"]
-    run([sys.executable, ROOT / "tools" / "preprocess_video.py", *paths])
-    write_sentencepiece(folder / "tokenizer.model")
+    write_question_videos(folder)
     return folder
 
 

@@ -1,12 +1,15 @@
 """Answers are put together rightly on every mesh, scored whole, and compared with what a blind model could reach."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import tiny_model
 import torch
 from tiny_datasets import TinyDataset
 from tiny_tokenizers import write_sentencepiece
 
-from megatron_longvila.config import Config, DataConfig, LLMConfig, ModelConfig, ParallelConfig, TrainingConfig, VideoConfig, VisionConfig
+from megatron_longvila.config import Config, VideoConfig
 from ranks import run_ranks
 
 # Frames of each sample's media (0: an image; none: text alone). Sample 4 cannot be read.
@@ -21,25 +24,11 @@ MESHES = {  # tp, pp, ulysses, ring; on 4 ranks the rest is dp
 
 
 def make_config(tokenizer_path, sizes=(1, 1, 1, 1), evaluation_rows: int = 0) -> Config:
-    tp_size, pp_size, ulysses_size, ring_size = sizes
-    return Config(
-        model=ModelConfig(
-            vision=VisionConfig(4, 2, 16, 24, 3, 2),
-            llm=LLMConfig("qwen2", 32, 48, 4, 4, 2, 8, 420, 256, 10_000.0),
-            init_std=0.5,  # an untrained model that says many different things
-        ),
-        parallel=ParallelConfig(
-            tp_size=tp_size, pp_size=pp_size, ulysses_size=ulysses_size, ring_size=ring_size, sequence_parallel=tp_size > 1
-        ),
-        data=DataConfig(
-            tokenizer=str(tokenizer_path),
-            template="plain",
-            context_length=64,
-            global_batch_size=4,
-            max_bad_fraction=0.5,
-            video=VideoConfig(num_frames=6),
-        ),
-        training=TrainingConfig(precision="fp32", evaluation_rows=evaluation_rows),
+    config = tiny_model.make_config(tokenizer_path, sizes)
+    return replace(
+        config,
+        data=replace(config.data, max_bad_fraction=0.5, video=VideoConfig(num_frames=6)),
+        training=replace(config.training, evaluation_rows=evaluation_rows),
     )
 
 
@@ -63,20 +52,6 @@ def open_index(config: Config, dataset: TinyDataset):
     return SampleIndex([dataset], tokenizer, config.data, **sizes), tokenizer
 
 
-def build(config: Config, world_size: int):
-    from megatron_longvila import platform
-    from megatron_longvila.config_check import check
-    from megatron_longvila.models.init import initialize_weights
-    from megatron_longvila.models.longvila import build_model
-    from megatron_longvila.parallel.groups import initialize_groups
-
-    groups = initialize_groups(check(config, world_size), timeout_s=60)
-    platform.seed(0, groups.pp.rank())
-    model = build_model(config, groups)
-    initialize_weights(model, config, seed=1)
-    return model, groups
-
-
 def _evaluate(rank: int, config: Config, world_size: int, folder) -> dict:
     """Answers of the model, of one that knows everything, and of one that never ends an answer, on this mesh."""
     from megatron_longvila.data.loader import Loader, Place
@@ -85,7 +60,7 @@ def _evaluate(rank: int, config: Config, world_size: int, folder) -> dict:
     from megatron_longvila.parallel.plan import IGNORE_INDEX
     from megatron_longvila.training.loss import predict
 
-    model, groups = build(config, world_size)
+    model, groups = tiny_model.build(config, world_size)
     dataset = open_dataset()
     index, tokenizer = open_index(config, dataset)
     place = Place.of(groups, sequence_parallel=config.parallel.sequence_parallel)
@@ -120,7 +95,7 @@ def _alone(rank: int, config: Config) -> list[str]:
     from megatron_longvila.parallel.groups import destroy_groups
     from megatron_longvila.parallel.plan import IGNORE_INDEX, plan_row
 
-    model, _ = build(config, 1)
+    model, _ = tiny_model.build(config, 1)
     dataset = open_dataset()
     index, tokenizer = open_index(config, dataset)
     said = []

@@ -1,6 +1,5 @@
 """The command line of tools/evaluate_answers.py: what it takes from the checkpoint, what the flags change, what it refuses."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from programs import load_script
 
 from megatron_longvila import config_io
 from megatron_longvila.config import ParallelConfig
@@ -18,10 +18,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "evaluate_answers.py"
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("evaluate_answers", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(TOOL)
 
 
 @pytest.fixture

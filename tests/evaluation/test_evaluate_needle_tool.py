@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from media import image_bytes, video_bytes
-from programs import ROOT, environment, read_lines, start
+from programs import ROOT, environment, load_script, read_lines, start
 from tiny_tokenizers import write_sentencepiece
 
 from megatron_longvila import config_io
@@ -24,10 +23,7 @@ ANSWERS = ["red", "blue", "green"]
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("evaluate_needle", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(TOOL)
 
 
 def _write_checkpoint(rank: int, config, folder: Path) -> None:

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from media import image_bytes, read_number, video_bytes
-from tiny_needles import Numbers, make_config, make_needles
+from tiny_model import make_config
+from tiny_needles import Numbers, make_needles
 from tiny_tokenizers import write_bpe, write_sentencepiece
 
 from megatron_longvila.config import VisionConfig

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_needles import Numbers, make_config, make_needles
+from tiny_model import build, make_config
+from tiny_needles import Numbers, make_needles
 from tiny_tokenizers import write_sentencepiece
 
 from megatron_longvila.config import Config
@@ -24,20 +25,6 @@ MESHES = {  # tp, pp, ulysses, ring; on 4 ranks the rest is dp
 @pytest.fixture(scope="module")
 def tokenizer_path(tmp_path_factory) -> Path:
     return write_sentencepiece(tmp_path_factory.mktemp("tokenizer") / "tiny.model")
-
-
-def build(config: Config, world_size: int):
-    from megatron_longvila import platform
-    from megatron_longvila.config_check import check
-    from megatron_longvila.models.init import initialize_weights
-    from megatron_longvila.models.longvila import build_model
-    from megatron_longvila.parallel.groups import initialize_groups
-
-    groups = initialize_groups(check(config, world_size), timeout_s=60)
-    platform.seed(0, groups.pp.rank())
-    model = build_model(config, groups)
-    initialize_weights(model, config, seed=1)
-    return model, groups
 
 
 def make_questions(config: Config, lengths: tuple[int, ...]) -> list:
