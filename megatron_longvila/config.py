@@ -138,6 +138,8 @@ class ModelConfig:
     Attributes:
         layers: `local` uses Megatron's own linear layers, `te` Transformer Engine's.
         attention_backend: `auto` is cuDNN on a GPU and torch's CPU kernel on a CPU.
+        kernels: what runs between the matrix products and attention: Triton's fused kernels or plain PyTorch (`reference`); `auto` is
+            Triton on a GPU and PyTorch on a CPU.
         init_std: standard deviation of freshly initialised weights.
     """
 
@@ -147,6 +149,7 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     layers: Literal["local", "te"] = "local"
     attention_backend: Literal["auto", "cudnn", "flash", "cpu", "reference"] = "auto"
+    kernels: Literal["auto", "triton", "reference"] = "auto"
     init_std: float = 0.02
 
     @property

@@ -108,3 +108,84 @@ def merge_blocks(out_TNH: Tensor, lse_TN: Tensor, block_out_TNH: Tensor, block_l
     weight_TN = torch.sigmoid(block_lse_TN - lse_TN)
     merged_TNH = torch.lerp(out_TNH, block_out_TNH.to(out_TNH.dtype), weight_TN.unsqueeze(-1))
     return merged_TNH, torch.logaddexp(lse_TN, block_lse_TN)
+
+
+def merge_into(out_TNH: Tensor, lse_TN: Tensor, block_out_TNH: Tensor, block_lse_TN: Tensor) -> None:
+    """`merge_blocks` in place: out_TNH and lse_TN (fp32 or fp64, any strides) become the merged ones. Not differentiable."""
+    merged_TNH, merged_TN = merge_blocks(out_TNH, lse_TN, block_out_TNH, block_lse_TN)
+    out_TNH.copy_(merged_TNH)
+    lse_TN.copy_(merged_TN)
+
+
+def pack_qkv(qkv_TC: Tensor, bias_C: Tensor | None, table_TH: Tensor, num_kv_heads: int, ulysses_size: int) -> Tensor:
+    """Bias, rotary and the send buffer of the ulysses all-to-all: everything between the projection and the transfer.
+
+    Args:
+        qkv_TC: the projection without its bias; C = K * (G + 2) * H, per key/value head its G query heads, the key, the value (Megatron's
+            fused layout).
+        bias_C: the projection's bias, or None.
+        table_TH: fp32 cosines (first half of H) and sines (second half) of each row's angles; rotate-half pairs i and i + H / 2.
+        ulysses_size: U ranks; K must be a multiple.
+
+    Returns:
+        [U, T, (N + 2K) / U, H] in the dtype of qkv; block u holds the query heads of its K / U groups, then their keys, then their values.
+    """
+    dtype = accumulation_dtype(qkv_TC.dtype)
+    x_TC = qkv_TC.to(dtype) if bias_C is None else qkv_TC.to(dtype) + bias_C.to(dtype)
+    x_TKJH = x_TC.unflatten(1, (num_kv_heads, -1, table_TH.shape[1]))
+    cos, sin = (part[:, None, None] for part in table_TH.to(dtype).chunk(2, dim=1))
+    first, second = x_TKJH[:, :, :-1].chunk(2, dim=-1)
+    rotated_TKJH = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    parts = (rotated_TKJH[:, :, :-1].flatten(1, 2), rotated_TKJH[:, :, -1], x_TKJH[:, :, -1])
+    by_rank = [part.unflatten(1, (ulysses_size, -1)).transpose(0, 1) for part in parts]
+    return torch.cat(by_rank, dim=2).to(qkv_TC.dtype)
+
+
+def unpack_heads(x_UTNH: Tensor) -> Tensor:
+    """What the ulysses all-to-all brought back, [U, T, N, H] from U head groups, as rows of all heads: [T, U*N, H], contiguous."""
+    return x_UTNH.transpose(0, 1).flatten(1, 2).contiguous()
+
+
+def take_rows(x_VD: Tensor, index_R: Tensor) -> Tensor:
+    """Row index[r] of x in row r: [R, D]. No row is taken twice; a row that is not taken gets a zero gradient."""
+    return x_VD.index_select(0, index_R)
+
+
+def place_rows(base_TD: Tensor, x_RD: Tensor, rows_R: Tensor) -> Tensor:
+    """A copy of base whose row rows[r] is row r of x: [T, D]. No row is placed twice; the rows of base under them get a zero gradient."""
+    return base_TD.index_copy(0, rows_R, x_RD)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, in the dtype of x; the mean is taken in fp32 (fp64 for fp64)."""
+    return torch.nn.functional.rms_norm(x, weight_D.shape, None, eps) * weight_D
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(first half) * second half of the last dimension."""
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def lse_and_target(logits_LV: Tensor, labels_L: Tensor, first_column: int) -> tuple[Tensor, Tensor]:
+    """Both halves of a cross entropy over some columns of the vocabulary, in fp32 (fp64 for fp64).
+
+    Args:
+        logits_LV: columns first_column .. first_column + V of the logits; -inf where a column means nothing.
+        labels_L: int64 labels in the whole vocabulary.
+
+    Returns:
+        (LSE over these columns, logit of the label or 0 where it lies in other columns), each [L].
+    """
+    logits_LV = logits_LV.to(accumulation_dtype(logits_LV.dtype))
+    column_L = labels_L - first_column
+    inside_L = (column_L >= 0) & (column_L < logits_LV.shape[1])
+    target_L = logits_LV.gather(1, torch.where(inside_L, column_L, 0)[:, None]).squeeze(1)
+    return torch.logsumexp(logits_LV, dim=1), torch.where(inside_L, target_L, 0)
+
+
+def cross_entropy_gradient(logits_LV: Tensor, labels_L: Tensor, first_column: int, lse_L: Tensor, grad_L: Tensor) -> Tensor:
+    """(softmax - one hot) * grad, in the dtype of the logits. `lse_L` is the LSE over the whole vocabulary, grad_L that of each loss."""
+    probs_LV = torch.exp(logits_LV.to(lse_L.dtype) - lse_L[:, None])
+    columns_V = torch.arange(first_column, first_column + logits_LV.shape[1], device=logits_LV.device)
+    return ((probs_LV - (columns_V == labels_L[:, None]).to(lse_L.dtype)) * grad_L[:, None]).to(logits_LV.dtype)

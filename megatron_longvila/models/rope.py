@@ -100,3 +100,17 @@ def rotary_angles(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
     angles = torch.outer(positions_T.double(), inv_freq.double())
     angles = (torch.remainder(angles + math.pi, 2 * math.pi) - math.pi).float()
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def rotary_table(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
+    """Cosines and sines for the fused rotary kernel: the same angles as `rotary_angles`, made once for all layers, nothing rounded before.
+
+    Args:
+        positions_T: int64 [T] on any device.
+        inv_freq: fp32 or fp64 [H / 2], same device.
+
+    Returns:
+        fp32 [T, H]: H / 2 cosines, then H / 2 sines; each the nearest fp32 value to that of the fp64 angle.
+    """
+    angles = torch.outer(positions_T.double(), inv_freq.double())
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
