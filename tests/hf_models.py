@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
 from tiny_tokenizers import write_bpe
 
 transformers = pytest.importorskip("transformers")

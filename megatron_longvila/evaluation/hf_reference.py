@@ -1,0 +1,253 @@
+"""transformers' own modules over a folder in Hugging Face's form, and the projector by its formula: the other side of every proof.
+
+Nothing of this project's models is used here. Everything runs in fp32 on the CPU.
+
+Shapes: F frames, S side of a frame in pixels, P patches, C tower width, V visual tokens of a frame, D decoder width, T tokens, H head dim.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_longvila.parallel.plan import PLACEHOLDER_ID
+
+# Steps of each projector, with the numbers its modules have in VILA's Sequential.
+_PROJECTORS: dict[str, tuple[tuple[str, str | int], ...]] = {
+    "linear": (("linear", "layers"),),
+    "mlp2x_gelu": (("linear", "layers.0"), ("gelu", ""), ("linear", "layers.2")),
+    "mlp_downsample": (("merge", 2), ("norm", "layers.1"), ("linear", "layers.2"), ("gelu", ""), ("linear", "layers.4")),
+    "mlp_downsample_3x3_fix": (
+        ("merge", 3), ("norm", "layers.1"), ("linear", "layers.2"), ("gelu", ""),
+        ("norm", "layers.4"), ("linear", "layers.5"), ("gelu", ""), ("linear", "layers.7"),
+    ),
+}  # fmt: skip
+_PROJECTORS["mlp_downsample_2x2_fix"] = _PROJECTORS["mlp_downsample"]
+# Tensors that may be missing because they do not reach the feature; transformers makes them up.
+_OPTIONAL = ("head.", "post_layernorm.", "vision_model.head.", "vision_model.post_layernorm.")
+
+
+def merge_patches(features_FPC: Tensor, side: int) -> Tensor:
+    """side x side neighbouring patches become one token: (row 0, column 0), (row 0, column 1), ...; zeros at the right and bottom edge."""
+    grid = round(features_FPC.shape[1] ** 0.5)
+    missing = -grid % side
+    padded = F.pad(features_FPC.unflatten(1, (grid, grid)), (0, 0, 0, missing, 0, missing))
+    return torch.cat([padded[:, row::side, column::side] for row in range(side) for column in range(side)], dim=-1).flatten(1, 2)
+
+
+def project(features_FPC: Tensor, weights: dict[str, Tensor], kind: str = "mlp_downsample") -> Tensor:
+    """A VILA projector from its formula: [F, P, C] to [F, V, D].
+
+    Args:
+        weights: under the names of `mm_projector/model.safetensors`.
+        kind: `mm_projector_type`; KeyError for an unknown one.
+    """
+    x = features_FPC
+    for step, place in _PROJECTORS[kind]:
+        weight, bias = weights.get(f"{place}.weight"), weights.get(f"{place}.bias")
+        if step == "merge":
+            x = merge_patches(x, place)
+        elif step == "norm":
+            x = F.layer_norm(x, (x.shape[-1],), weight, bias, 1e-5)
+        elif step == "gelu":
+            x = F.gelu(x)
+        else:
+            x = F.linear(x, weight, bias)
+    return x
+
+
+class HuggingFaceModel:
+    """The parts a folder holds; what it does not hold is None.
+
+    Attributes:
+        sizes: image_size, tokens_per_frame, vocab_size, max_positions of the parts there are.
+        dtypes: floating types of the weights on disk.
+    """
+
+    def __init__(self, folder: Path, *, allow_pickle: bool = False):
+        """Read a folder in VILA's or LLaVA's layout, or one of a causal language model or a SigLIP tower alone.
+
+        Raises:
+            ValueError: the folder is none of these, or does not hold all weights of its configuration.
+        """
+        self.folder, self.allow_pickle = folder, allow_pickle
+        self.dtypes: set[torch.dtype] = set()
+        self.llava = self.language_model = self.tower = self.projector = self.normalize = None
+        settings = read_settings(folder)
+        kind = settings.get("model_type")
+        if "llm_cfg" in settings:
+            self._open_vila(settings)
+        elif kind == "llava":
+            self.llava = self._load("LlavaForConditionalGeneration", folder)
+            self.language_model, self.tower = self.llava, self.llava.model.vision_tower
+            self.projector, self.select_layer = self.llava.model.multi_modal_projector, settings.get("vision_feature_layer", -2)
+            self.normalize = self._image_processor(folder)
+        elif kind in ("qwen2", "llama"):
+            self.language_model = self._load("AutoModelForCausalLM", folder)
+        elif kind in ("siglip", "siglip_vision_model"):
+            self._open_tower(folder, -2)
+        else:
+            raise ValueError(f"{folder} has model_type={kind!r}; known are llava, qwen2, llama, siglip and VILA's llm_cfg")
+        self.sizes = self._sizes()
+
+    def text_logits(self, ids_T: np.ndarray, positions_T: np.ndarray) -> Tensor:
+        """[T, vocabulary]."""
+        ids, positions = torch.from_numpy(ids_T)[None], torch.from_numpy(positions_T)[None]
+        # With a mask, because without one transformers takes a jump of the positions for the start of another document.
+        return self.language_model(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits[0]
+
+    def vision_features(self, frames_FSS3: Tensor) -> Tensor:
+        """[F, P, C] of uint8 frames."""
+        return self.tower(self.normalize(frames_FSS3), output_hidden_states=True).hidden_states[self.select_layer]
+
+    def projector_output(self, frames_FSS3: Tensor) -> Tensor:
+        """[F, V, D]."""
+        if self.llava is not None:
+            return torch.stack(list(self.llava.get_image_features(pixel_values=self.normalize(frames_FSS3)).pooler_output))
+        return self.projector(self.vision_features(frames_FSS3))
+
+    def multimodal_logits(self, frames_FSS3: Tensor, ids_T: np.ndarray) -> Tensor:
+        """[T, vocabulary]; ids are PLACEHOLDER_ID at visual tokens."""
+        ids = torch.from_numpy(ids_T)
+        is_visual = ids == PLACEHOLDER_ID
+        if self.llava is not None:
+            ids = ids.masked_fill(is_visual, self.llava.config.image_token_id)[None]
+            return self.llava(input_ids=ids, pixel_values=self.normalize(frames_FSS3), attention_mask=torch.ones_like(ids)).logits[0]
+        embeddings = self.language_model.get_input_embeddings()(ids.clamp(min=0)).clone()
+        embeddings[is_visual] = self.projector_output(frames_FSS3).flatten(0, 1)
+        return self.language_model(inputs_embeds=embeddings[None]).logits[0]
+
+    def rotary(self, positions_T: np.ndarray) -> Tensor:
+        """Cosine and sine that queries and keys are turned with. [T, 2, H]."""
+        decoder = self.llava.model.language_model if self.llava is not None else self.language_model.model
+        cos, sin = decoder.rotary_emb(torch.zeros(1), torch.from_numpy(positions_T)[None])
+        return torch.stack((cos[0], sin[0]), dim=1)
+
+    def weights(self) -> list[Tensor]:
+        """Every parameter once, tied ones too."""
+        modules = [self.llava] if self.llava is not None else [self.language_model, self.tower, self.projector]
+        found = [weight for module in modules if isinstance(module, torch.nn.Module) for weight in module.parameters()]
+        return found + (list(self.projector.keywords["weights"].values()) if isinstance(self.projector, partial) else [])
+
+    def _open_vila(self, settings: dict[str, Any]) -> None:
+        places = {}
+        for part in ("llm", "vision_tower", "mm_projector"):
+            value = settings[f"{part}_cfg"]
+            places[part] = self.folder / (part if isinstance(value, dict) else value)
+            if not places[part].is_dir():
+                raise ValueError(f"{self.folder}: {part}_cfg leads to {places[part]}, which is no folder; put the part there")
+        self.language_model = self._load("AutoModelForCausalLM", places["llm"])
+        self._open_tower(places["vision_tower"], settings.get("mm_vision_select_layer", -2))
+        kind = read_settings(places["mm_projector"])["mm_projector_type"]
+        if kind not in _PROJECTORS:
+            raise ValueError(f"{places['mm_projector']} has mm_projector_type={kind!r}; known are {', '.join(_PROJECTORS)}")
+        weights = {name: tensor.float() for name, tensor in self._read_tensors(places["mm_projector"]).items()}
+        names = {f"{place}.{end}" for step, place in _PROJECTORS[kind] if step in ("norm", "linear") for end in ("weight", "bias")}
+        if names != weights.keys():
+            raise ValueError(
+                f"{places['mm_projector']}: missing {sorted(names - weights.keys())}, unexpected {sorted(weights.keys() - names)}"
+            )
+        self.projector = partial(project, weights=weights, kind=kind)
+
+    def _open_tower(self, folder: Path, select_layer: int) -> None:
+        self.tower, self.select_layer = self._load("SiglipVisionModel", folder), select_layer
+        self.normalize = self._image_processor(folder)
+
+    def _load(self, class_name: str, folder: Path) -> torch.nn.Module:
+        """A transformers model in fp32. transformers itself only warns of missing weights and goes on with random ones."""
+        transformers = import_transformers()
+        self.dtypes |= stored_dtypes(folder)
+        try:
+            model, found = getattr(transformers, class_name).from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True,
+                use_safetensors=None if self.allow_pickle else True,
+            )  # fmt: skip
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder} cannot be loaded with transformers: {error}") from error
+        missing = [name for name in found["missing_keys"] if not name.startswith(_OPTIONAL)]
+        if missing or found["unexpected_keys"]:
+            raise ValueError(
+                f"{folder} does not hold what its config.json describes: missing {sorted(missing)}, "
+                f"unexpected {sorted(found['unexpected_keys'])}"
+            )
+        return model.eval().requires_grad_(False)
+
+    def _read_tensors(self, folder: Path) -> dict[str, Tensor]:
+        """All tensors of a folder that transformers has no class for."""
+        self.dtypes |= stored_dtypes(folder)
+        tensors: dict[str, Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors |= load_file(path)
+        for path in sorted(folder.glob("*.bin")) if not tensors and self.allow_pickle else ():
+            tensors |= torch.load(path, map_location="cpu", weights_only=True)
+        if not tensors:
+            raise ValueError(f"{folder} holds no *.safetensors; pickled weights are read with --allow-pickle only")
+        return tensors
+
+    def _image_processor(self, folder: Path):
+        """uint8 [F, S, S, 3] to normalized fp32 [F, 3, S, S], by the preprocessor the folder brings or SigLIP's own numbers."""
+        if not (folder / "preprocessor_config.json").is_file():
+            return lambda frames_FSS3: ((frames_FSS3.float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
+        processor = import_transformers().AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+
+        def normalize(frames_FSS3: Tensor) -> Tensor:
+            return processor(list(frames_FSS3.numpy()), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+
+        return normalize
+
+    def _sizes(self) -> dict[str, int]:
+        sizes = {}
+        if self.tower is not None:
+            vision = self.tower.config
+            sizes["image_size"] = vision.image_size
+            if self.projector is not None:
+                kind = self.projector.keywords["kind"] if isinstance(self.projector, partial) else "mlp2x_gelu"
+                side = next((place for step, place in _PROJECTORS[kind] if step == "merge"), 1)
+                sizes["tokens_per_frame"] = (-(-(vision.image_size // vision.patch_size) // side)) ** 2
+        if self.language_model is not None:
+            text = self.language_model.config.get_text_config()
+            sizes |= {"vocab_size": text.vocab_size, "max_positions": text.max_position_embeddings}
+        return sizes
+
+
+def import_transformers():
+    """The module transformers; ValueError if it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("comparing with Hugging Face needs transformers: pip install 'megatron-longvila[hf]'") from error
+    return transformers
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. ValueError if there is none or it is no JSON object."""
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return settings
+
+
+def stored_dtypes(folder: Path) -> set[torch.dtype]:
+    """Floating types in the headers of the *.safetensors files of a folder, not below it."""
+    names = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt") as tensors:
+                found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    return {names[name] for name in found & names.keys()}
