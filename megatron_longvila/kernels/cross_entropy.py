@@ -1,4 +1,4 @@
-"""Cross entropy over some columns of the vocabulary, straight from half-precision logits: one pass forward, one backward. Twins: `reference`.
+"""Cross entropy over some columns of the vocabulary, from half-precision logits: one pass forward, one backward. Twins: `reference`.
 
 No fp32 copy of the logits exists. The sums over tensor-parallel ranks are the caller's (training/loss.py).
 

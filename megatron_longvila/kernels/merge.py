@@ -42,11 +42,12 @@ def _merge_kernel(
     # Both exponents are at most 0: no overflow, and a side without keys (-inf) gets weight 0.
     old, new = tl.exp(lse - largest), tl.exp(block_lse - largest)
     total = old + new
+    old_share, new_share = tl.div_rn(old, total), tl.div_rn(new, total)
     out_at = out_ptr + (row * out_stride_T + head * out_stride_N)[:, None] + columns[None, :]
     block_at = block_out_ptr + (row * block_stride_T + head * block_stride_N)[:, None] + columns[None, :]
     out = tl.load(out_at, mask=inside, other=0.0)
     block_out = tl.load(block_at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_at, out * (old / total)[:, None] + block_out * (new / total)[:, None], mask=inside)
+    tl.store(out_at, out * old_share[:, None] + block_out * new_share[:, None], mask=inside)
     tl.store(lse_at, largest + tl.log(total), mask=real)
 
 

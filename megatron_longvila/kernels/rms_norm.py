@@ -21,7 +21,7 @@ def _forward_kernel(x_ptr, weight_ptr, out_ptr, scale_ptr, width, eps, COLUMNS: 
     inside = columns < width
     x = tl.load(x_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=0) / width + eps))  # not the approximations: every value has this error
     tl.store(scale_ptr + row, scale)
     tl.store(out_ptr + row * width + columns, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -35,9 +35,9 @@ def _backward_kernel(
     inside = columns < width
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((COLUMNS,), tl.float32)
-    start = program * rows_per_program
+    start = program.to(tl.int64) * rows_per_program
     for index in range(start, tl.minimum(start + rows_per_program, num_rows)):
-        row = index.to(tl.int64) * width
+        row = index * width
         grad = tl.load(grad_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + index)
         normed = tl.load(x_ptr + row + columns, mask=inside, other=0.0).to(tl.float32) * scale

@@ -16,16 +16,17 @@ COLUMNS = 1024  # values of one program
 
 
 @triton.jit
-def _select_kernel(x_ptr, base_ptr, source_ptr, out_ptr, width, x_stride, base_stride, HAS_BASE: tl.constexpr, COLUMNS: tl.constexpr):
+def _select_kernel(x_ptr, base_ptr, source_ptr, out_ptr, width, HAS_BASE: tl.constexpr, COLUMNS: tl.constexpr):
     pieces = tl.cdiv(width, COLUMNS)
     row = (tl.program_id(0) // pieces).to(tl.int64)
     columns = (tl.program_id(0) % pieces) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < width
     source = tl.load(source_ptr + row)
-    values = tl.load(x_ptr + source * x_stride + columns, mask=inside & (source >= 0), other=0.0)
+    taken = tl.where(source >= 0, width, 0)  # how many columns come from x: all or none
+    values = tl.load(x_ptr + source * width + columns, mask=columns < taken, other=0.0)
     if HAS_BASE:
-        values = tl.where(source >= 0, values, tl.load(base_ptr + row * base_stride + columns, mask=inside & (source < 0), other=0.0))
-    tl.store(out_ptr + row * width + columns, values, mask=inside)
+        base = tl.load(base_ptr + row * width + columns, mask=(columns >= taken) & (columns < width), other=0.0)
+        values = tl.where(columns < taken, values, base)
+    tl.store(out_ptr + row * width + columns, values, mask=columns < width)
 
 
 def _select(x_RD: Tensor, source_T: Tensor, base_TD: Tensor | None = None) -> Tensor:
@@ -35,7 +36,7 @@ def _select(x_RD: Tensor, source_T: Tensor, base_TD: Tensor | None = None) -> Te
     out_TD = x_RD.new_empty(num_rows, width)
     if out_TD.numel():
         _select_kernel[(num_rows * triton.cdiv(width, COLUMNS),)](
-            x_RD, base_TD, source_T, out_TD, width, width, width, HAS_BASE=base_TD is not None, COLUMNS=COLUMNS
+            x_RD, base_TD, source_T, out_TD, width, HAS_BASE=base_TD is not None, COLUMNS=COLUMNS
         )
     return out_TD
 
