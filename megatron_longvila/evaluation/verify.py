@@ -43,6 +43,15 @@ TEXT_TOKENS = 48
 # the other gather to sqrt(K / 16) of one, on each of the two sides; 2 * sqrt(K / 16) = 0.5 * sqrt(K).
 _ROUNDINGS = 0.5
 
+# What is compared, and the sizes that a side has if it has the part.
+PARTS = {
+    "rotary angles": {"vocab_size"},
+    "text logits": {"vocab_size"},
+    "vision features": {"image_size"},
+    "projector output": {"tokens_per_frame"},
+    "multimodal logits": {"tokens_per_frame", "vocab_size"},
+}
+
 
 class Side(Protocol):
     """What both sides can be asked; see HuggingFaceModel."""
@@ -74,13 +83,7 @@ class CheckpointModel:
         )
         self.groups = initialize_groups(Mesh(1, 1, 1, 1, 1))
         self.model = load_model(self.config, self.groups).eval().requires_grad_(False)
-        model = self.config.model
-        self.sizes = {
-            "image_size": model.vision.image_size,
-            "tokens_per_frame": model.tokens_per_frame,
-            "vocab_size": model.llm.vocab_size,
-            "max_positions": model.llm.max_position_embeddings,
-        }
+        self.sizes = sizes_of(self.config)
         parts = ("vision_tower.", "projector.", "language_model.")
         entries = load_tensors_metadata(str(folder)).items()
         self.dtypes = {entry.dtype for name, entry in entries if name.startswith(parts) and entry.dtype.is_floating_point}
@@ -175,6 +178,16 @@ class Inputs:
     video_ids: np.ndarray
 
 
+def sizes_of(config: Config) -> dict[str, int]:
+    """What the built-in inputs for a model of ours depend on."""
+    return {
+        "image_size": config.model.vision.image_size,
+        "tokens_per_frame": config.model.tokens_per_frame,
+        "vocab_size": config.model.llm.vocab_size,
+        "max_positions": config.model.llm.max_position_embeddings,
+    }
+
+
 def make_inputs(sizes: dict[str, int]) -> Inputs:
     """Inputs for a model of `sizes`; a missing size stands for a part that is not there."""
     vocab, side, visual = sizes.get("vocab_size", 2), sizes.get("image_size", 1), sizes.get("tokens_per_frame", 1)
@@ -206,23 +219,20 @@ def _spread(count: int, below: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def run_parts(side: Side, inputs: Inputs) -> dict[tuple[str, str], Tensor]:
-    """Outputs of every part that `side` has, by part and input."""
-    found: dict[tuple[str, str], Callable[[], Tensor]] = {}
+def run_parts(side: Side, inputs: Inputs, sizes: dict[str, int]) -> dict[tuple[str, str], Tensor]:
+    """Outputs of `side` by part and input; `sizes` say which parts, and `side` must have them."""
     image, video = inputs.frames_FSS3[:1], inputs.frames_FSS3
-    if "vocab_size" in side.sizes:
-        found["rotary angles", "far positions"] = lambda: side.rotary(inputs.far_positions)
-        found["text logits", "text"] = lambda: side.text_logits(inputs.text_ids, inputs.text_positions)
-        found["text logits", "far positions"] = lambda: side.text_logits(inputs.far_ids, inputs.far_positions)
-    if "image_size" in side.sizes:
-        found["vision features", "image"] = lambda: side.vision_features(image)
-        found["vision features", "video"] = lambda: side.vision_features(video)
-    if "tokens_per_frame" in side.sizes:
-        found["projector output", "image"] = lambda: side.projector_output(image)
-        found["projector output", "video"] = lambda: side.projector_output(video)
-        found["multimodal logits", "image"] = lambda: side.multimodal_logits(image, inputs.image_ids)
-        found["multimodal logits", "video"] = lambda: side.multimodal_logits(video, inputs.video_ids)
-    return {key: run().float().cpu() for key, run in found.items()}
+    found: dict[tuple[str, str], Callable[[], Tensor]] = {}
+    found["rotary angles", "far positions"] = lambda: side.rotary(inputs.far_positions)
+    found["text logits", "text"] = lambda: side.text_logits(inputs.text_ids, inputs.text_positions)
+    found["text logits", "far positions"] = lambda: side.text_logits(inputs.far_ids, inputs.far_positions)
+    found["vision features", "image"] = lambda: side.vision_features(image)
+    found["vision features", "video"] = lambda: side.vision_features(video)
+    found["projector output", "image"] = lambda: side.projector_output(image)
+    found["projector output", "video"] = lambda: side.projector_output(video)
+    found["multimodal logits", "image"] = lambda: side.multimodal_logits(image, inputs.image_ids)
+    found["multimodal logits", "video"] = lambda: side.multimodal_logits(video, inputs.video_ids)
+    return {key: run().float().cpu() for key, run in found.items() if PARTS[key[0]] <= sizes.keys()}
 
 
 def open_side(path: Path, *, allow_pickle: bool = False) -> Side:
@@ -235,49 +245,54 @@ def open_side(path: Path, *, allow_pickle: bool = False) -> Side:
 
 
 def verify(a: Path, b: Path, *, allow_pickle: bool = False) -> Report:
-    """Compare all parts that both sides have. One side is in memory at a time, in fp32.
+    """Compare all parts that both sides have. One side is in memory at a time, in fp32; the first is run twice.
 
     Raises:
         ValueError: a side cannot be loaded, the sides differ in a size, or they have no part in common.
     """
     side_a = open_side(a, allow_pickle=allow_pickle)
     inputs, sizes_a, dtypes_a = make_inputs(side_a.sizes), side_a.sizes, side_a.dtypes
-    outputs_a = run_parts(side_a, inputs)
+    outputs_a = run_parts(side_a, inputs, sizes_a)
     longest = max(weight[0].numel() for weight in side_a.weights() if weight.dim() > 1)
     _move_to_neighbours(side_a.weights())
-    changes = _differences(outputs_a, run_parts(side_a, inputs))
+    changes = _differences(outputs_a, run_parts(side_a, inputs, sizes_a))
     limits = {key: max(2.0, _ROUNDINGS * math.sqrt(longest)) * change for key, (change, _) in changes.items()}
     _close(side_a)
     del side_a
 
     side_b = open_side(b, allow_pickle=allow_pickle)
-    different = {name: (sizes_a[name], size) for name, size in side_b.sizes.items() if sizes_a.get(name, size) != size}
-    if different:
-        raise ValueError(f"{a} and {b} are not the same model: {', '.join(f'{name} {x} and {y}' for name, (x, y) in different.items())}")
-    outputs_b = run_parts(side_b, inputs)
+    sizes_b, dtypes_b = side_b.sizes, side_b.dtypes
+    common = _common_sizes(a, b, sizes_a, sizes_b)
+    outputs_b = run_parts(side_b, inputs, common)
     differences = _differences(outputs_a, outputs_b)
-    if not differences:
-        raise ValueError(f"{a} and {b} have no part in common: {_parts(outputs_a)} and {_parts(outputs_b)}")
-    coarse, dtypes_b = _coarsest(dtypes_a | side_b.dtypes), side_b.dtypes
-    if dtypes_a != dtypes_b and coarse != torch.float32:
-        finer = side_b
+    coarse = _coarsest(dtypes_a | dtypes_b) if dtypes_a != dtypes_b else torch.float32
+    finer, exact = side_b, outputs_b
+    if coarse != torch.float32:
         if _coarsest(dtypes_b) == coarse:
             _close(side_b)
-            finer = open_side(a, allow_pickle=allow_pickle)
-        exact = outputs_a if finer is not side_b else outputs_b
+            finer, exact = open_side(a, allow_pickle=allow_pickle), outputs_a
         _round_to(finer.weights(), coarse)
-        rounding = _differences(exact, run_parts(finer, inputs))
-        limits = {key: limit + 2 * rounding[key][0] for key, limit in limits.items() if key in rounding}
-        _close(finer)
-    else:
-        coarse = torch.float32
-        _close(side_b)
+        rounding = _differences(exact, run_parts(finer, inputs, common))
+        limits = {key: limits[key] + 2 * change for key, (change, _) in rounding.items()}
+    _close(finer)
     comparisons = []
     for (part, name), (absolute, relative) in differences.items():
         ulp = torch.finfo(torch.float32).eps * outputs_a[part, name].abs().max().item()
         comparisons.append(Comparison(part, name, absolute, relative, limits[part, name] + 4 * ulp))
-    only_one = tuple(sorted(set(_parts(outputs_a)) ^ set(_parts(outputs_b))))
+    only_one = tuple(part for part in PARTS if (PARTS[part] <= sizes_a.keys()) != (PARTS[part] <= sizes_b.keys()))
     return Report(str(a), str(b), str(coarse).removeprefix("torch."), tuple(comparisons), only_one)
+
+
+def _common_sizes(a: Path, b: Path, sizes_a: dict[str, int], sizes_b: dict[str, int]) -> dict[str, int]:
+    """The sizes both sides have. Raises ValueError if one is not the same, or if no part can be compared."""
+    common = {name: size for name, size in sizes_a.items() if name in sizes_b}
+    # The context length is a promise, no part of the computation.
+    different = [f"{name} {size} and {sizes_b[name]}" for name, size in common.items() if name != "max_positions" and size != sizes_b[name]]
+    if different:
+        raise ValueError(f"{a} and {b} are not the same model: {', '.join(different)}")
+    if not common:
+        raise ValueError(f"{a} and {b} have no part in common: one has a language model alone, the other a vision tower alone")
+    return common
 
 
 def _differences(a: dict[tuple[str, str], Tensor], b: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], tuple[float, float]]:
@@ -288,10 +303,6 @@ def _differences(a: dict[tuple[str, str], Tensor], b: dict[tuple[str, str], Tens
         norms = a[key].flatten(0, -2).norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         found[key] = difference.abs().max().item(), (difference.norm(dim=-1) / norms).max().item()
     return {key: found[key] for key in a if key in found}
-
-
-def _parts(outputs: dict[tuple[str, str], Tensor]) -> list[str]:
-    return sorted({part for part, _ in outputs})
 
 
 def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
