@@ -55,9 +55,14 @@ ACCEPTED_SCHEMAS: dict[str, tuple[str, ...]] = {
 
 
 class Backend(Protocol):
-    """One way to compute attention. `causal` means that row t sees keys 0..t and needs T == S."""
+    """One way to compute attention. `causal` means that row t sees keys 0..t and needs T == S.
+
+    Attributes:
+        forward_tile: keys per block beyond which the forward of longer blocks is faster in pieces; None: never.
+    """
 
     name: str
+    forward_tile: int | None
 
     def check(self, *, head_dim: int, dtype: torch.dtype) -> None:
         """Raise a ValueError with the way out if this backend cannot compute such heads."""
@@ -77,6 +82,7 @@ class ReferenceBackend:
     """Plain matrix products in fp32 (fp64 for fp64 inputs), any device, dtype and head dim; the LSE has the dtype of the products."""
 
     name = "reference"
+    forward_tile = None
 
     def check(self, *, head_dim: int, dtype: torch.dtype) -> None:
         """Everything is possible."""
@@ -94,6 +100,7 @@ class CpuBackend:
     """Torch's FlashAttention for CPUs: no matrix of scores, and a few fused calls in place of the reference's many. fp32, fp64 and bf16."""
 
     name = "cpu"
+    forward_tile = None
 
     def __init__(self):
         """Raises ValueError where the job runs on a GPU, RuntimeError where an operation's schema is unknown."""
@@ -135,6 +142,7 @@ class _AtenBackend:
     """What both GPU backends share: construction checks, and the layout [1, N, T, H] (a view: only the strides change)."""
 
     name: str
+    forward_tile: int | None = None
     max_head_dim: int
     other: str  # the backend to suggest
 

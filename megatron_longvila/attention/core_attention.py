@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_longvila.attention.attention_2d import attention_2d
 from megatron_longvila.attention.backends import Backend
-from megatron_longvila.attention.ring import TRANSPORTS, RingCall, ring_attention
-from megatron_longvila.attention.ulysses import qkv_to_heads
-from megatron_longvila.parallel.collectives import heads_to_sequence
+from megatron_longvila.attention.ring import TRANSPORTS, RingCall
+from megatron_longvila.kernels.choice import REFERENCE, Kernels
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.parallel.plan import SequenceLayout
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
@@ -41,7 +41,8 @@ class CoreAttention(torch.nn.Module):
 
     Args:
         config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection: given by Megatron.
-        groups: process groups; backend: computes one block; transport: `all_gather` or `p2p`. Given by the layer spec.
+        groups: process groups; backend: computes one block; transport: `all_gather` or `p2p`; kernels: what surrounds the blocks. Given by
+            the layer spec.
 
     Raises:
         ValueError: heads that ulysses cannot split, dropout, a window, or a head dim or dtype that the backend cannot do.
@@ -60,12 +61,13 @@ class CoreAttention(torch.nn.Module):
         groups: Groups,
         backend: Backend,
         transport: str,
+        kernels: Kernels = REFERENCE,
     ):
         super().__init__()
         assert attention_type == "self" and attn_mask_type == AttnMaskType.causal, (attention_type, attn_mask_type)
         _check(config, groups, transport)
         backend.check(head_dim=config.kv_channels, dtype=config.params_dtype)
-        self.groups, self.backend, self.transport = groups, backend, transport
+        self.groups, self.backend, self.transport, self.kernels = groups, backend, transport, kernels
         self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
         self.ring_rank = dist.get_rank(groups.ring) if groups.mesh.ring_size > 1 else 0
 
@@ -83,13 +85,11 @@ class CoreAttention(torch.nn.Module):
         assert attention_mask is None and attention_bias is None, "the layout is the mask"
         layout, (num_rows, batch_size) = packed_seq_params.layout, query.shape[:2]
         assert batch_size == 1 and num_rows == layout.local_rows, (tuple(query.shape), layout)
-        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if layout.ulysses_size > 1:
-            q, k, v = qkv_to_heads(q, k, v, self.groups.ulysses)
-        out = ring_attention(q, k, v, RingCall(layout, self.ring_rank, self.groups.ring, self.transport, self.backend, self.scale))
-        if layout.ulysses_size > 1:
-            out = heads_to_sequence(out, self.groups.ulysses)
+        out = attention_2d(query.squeeze(1), key.squeeze(1), value.squeeze(1), self._call(layout), self.groups.ulysses)
         return out.reshape(num_rows, 1, -1)
+
+    def _call(self, layout: SequenceLayout) -> RingCall:
+        return RingCall(layout, self.ring_rank, self.groups.ring, self.transport, self.backend, self.scale, self.kernels)
 
 
 def _check(config: TransformerConfig, groups: Groups, transport: str) -> None:

@@ -5,6 +5,10 @@ A share holds, sample after sample, chunk r and chunk 2R-1-r of the sample's 2R 
   - chunk j of every rank j < r: all of it lies before both own chunks, one rectangle for all rows;
   - both chunks of every rank j > r: they lie between the two own chunks, one rectangle for the second half of the rows.
 Blocks are merged by their LSE. Backward runs over the same blocks with the merged output and LSE, so that gradients add up; sums are fp32.
+
+Keys and values of the other ranks travel while the own rows are computed, and what was received is kept for backward: only gradients
+travel there, and they do so while the own rows are computed. No key gets gradients from two blocks of one rank, so the parts of dK and dV
+are sent in the dtype the kernel wrote, without loss, and added in fp32 by the rank that owns the rows.
 Source: zigzag ring attention (ring-flash-attention) and Llama 3's all-gather of keys and values (arXiv 2407.21783, section 3.3.2).
 
 Shapes: R ranks, S rows of a share, N query heads, K key/value heads, H head dim; KV is [S, 2K, H], keys before values.
@@ -22,12 +26,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_longvila.attention.backends import Backend
-from megatron_longvila.kernels.reference import accumulation_dtype, merge_blocks
-from megatron_longvila.parallel.collectives import reduce_scatter_rows, ring_send_recv, start_gather_rows
+from megatron_longvila.kernels.choice import REFERENCE, Kernels
+from megatron_longvila.kernels.reference import accumulation_dtype
+from megatron_longvila.parallel.collectives import PendingRows, ring_send_recv, start_exchange_blocks, start_gather_rows
 from megatron_longvila.parallel.plan import SequenceLayout, share_order
 
 TRANSPORTS = ("all_gather", "p2p")
-_KV_TAG, _GRAD_TAG = 1, 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class RingCall:
 
     Attributes:
         rank: place in the ring; group: the ring's process group, unused if layout.ring_size is 1.
-        transport: `all_gather` (fast inside a host) or `p2p` (the next block travels while the current one is computed; across hosts).
+        transport: `all_gather` (one transfer, few large blocks; inside a host) or `p2p` (one transfer per other rank, each computed with
+            while the next ones travel, and only rows that are looked at; across hosts).
+        kernels: merge blocks and unpack heads.
     """
 
     layout: SequenceLayout
@@ -45,6 +51,7 @@ class RingCall:
     transport: str
     backend: Backend
     scale: float
+    kernels: Kernels = REFERENCE
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +64,23 @@ class Block:
 
 
 @lru_cache(maxsize=64)
-def own_blocks(layout: SequenceLayout) -> tuple[Block, ...]:
-    """One causal block per sample, on the share's own rows; together they cover every row once."""
-    return tuple(Block(rows, rows, causal=True) for rows, _ in _samples(layout))
+def own_blocks(layout: SequenceLayout, tile: int | None = None) -> tuple[Block, ...]:
+    """Blocks of the share's own rows. The causal ones, which come first, together cover every row once.
+
+    With `tile`, samples of more than two tiles are cut: causal squares of `tile` rows, and under each a rectangle of all later rows.
+    """
+    causal, rectangles = [], []
+    for rows, _ in _samples(layout):
+        edges = _edges(rows, tile)
+        for start, stop in zip(edges, edges[1:], strict=False):
+            causal.append(Block(slice(start, stop), slice(start, stop), causal=True))
+            if stop < rows.stop:
+                rectangles.append(Block(slice(stop, rows.stop), slice(start, stop)))
+    return (*causal, *rectangles)
 
 
 @lru_cache(maxsize=64)
-def gathered_blocks(layout: SequenceLayout, rank: int) -> tuple[Block, ...]:
+def gathered_blocks(layout: SequenceLayout, rank: int, tile: int | None = None) -> tuple[Block, ...]:
     """Rectangles against the other ranks' keys; `k` counts rows of the padded pack, where each rectangle's chunks are neighbours."""
     blocks = []
     for rows, chunk in _samples(layout):
@@ -73,15 +90,28 @@ def gathered_blocks(layout: SequenceLayout, rank: int) -> tuple[Block, ...]:
         if rank < layout.ring_size - 1:
             between = slice(start + (rank + 1) * chunk, start + (2 * layout.ring_size - 1 - rank) * chunk)
             blocks.append(Block(slice(rows.start + chunk, rows.stop), between))
-    return tuple(blocks)
+    return tuple(_cut(blocks, tile))
 
 
 @lru_cache(maxsize=256)
-def visiting_blocks(layout: SequenceLayout, rank: int, source: int) -> tuple[Block, ...]:
-    """Rectangles against the share of rank `source`; `k` counts rows of that share."""
-    if source < rank:
-        return tuple(Block(rows, slice(rows.start, rows.start + chunk)) for rows, chunk in _samples(layout))
-    return tuple(Block(slice(rows.start + chunk, rows.stop), rows) for rows, chunk in _samples(layout))
+def visiting_blocks(layout: SequenceLayout, rank: int, source: int, tile: int | None = None) -> tuple[Block, ...]:
+    """Rectangles against the rows that rank `source` sends to `rank`; `k` counts those rows."""
+    blocks, start = [], 0
+    for rows, chunk in _samples(layout):
+        sent = chunk if source < rank else 2 * chunk
+        queries = rows if source < rank else slice(rows.start + chunk, rows.stop)
+        blocks.append(Block(queries, slice(start, start + sent)))
+        start += sent
+    return tuple(_cut(blocks, tile))
+
+
+@lru_cache(maxsize=256)
+def sent_rows(layout: SequenceLayout, source: int, reader: int, device: torch.device) -> slice | Tensor:
+    """Rows of its share that rank `source` sends to `reader`: all, or the first chunk of every sample to the ranks after it."""
+    if source > reader:
+        return slice(0, layout.share_rows)
+    rows = [np.arange(rows.start, rows.start + chunk) for rows, chunk in _samples(layout)]
+    return slice(0, len(rows[0])) if len(rows) == 1 else torch.from_numpy(np.concatenate(rows)).to(device)
 
 
 def _samples(layout: SequenceLayout) -> Iterator[tuple[slice, int]]:
@@ -92,160 +122,201 @@ def _samples(layout: SequenceLayout) -> Iterator[tuple[slice, int]]:
         start += length
 
 
+def _edges(rows: slice, tile: int | None) -> list[int]:
+    """Where to cut a run of rows into tiles: nowhere if it has at most two."""
+    if tile is None or rows.stop - rows.start <= 2 * tile:
+        return [rows.start, rows.stop]
+    return [*range(rows.start, rows.stop, tile), rows.stop]
+
+
+def _cut(blocks: list[Block], tile: int | None) -> list[Block]:
+    """Rectangles with at most two tiles of keys each."""
+    return [
+        Block(block.q, slice(start, stop))
+        for block in blocks
+        for edges in [_edges(block.k, tile)]
+        for start, stop in zip(edges, edges[1:], strict=False)
+    ]
+
+
 @lru_cache(maxsize=16)
 def gathered_row(layout: SequenceLayout, device: torch.device) -> Tensor:
     """Where each row of the padded pack lies among the gathered shares. int64 [total_rows]."""
-    order = np.concatenate([share_order(layout, rank) for rank in range(layout.ring_size)])
-    return torch.from_numpy(np.argsort(order)).to(device)
+    return torch.argsort(pack_row(layout, device))
 
 
-def ring_attention(q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, call: RingCall) -> Tensor:
-    """Causal attention within each sample over the whole ring; rows laid out as `call.layout` says. Returns out_SNH, differentiable.
+@lru_cache(maxsize=16)
+def pack_row(layout: SequenceLayout, device: torch.device) -> Tensor:
+    """Row of the padded pack of each gathered row; the inverse of `gathered_row`. int64 [total_rows]."""
+    return torch.from_numpy(np.concatenate([share_order(layout, rank) for rank in range(layout.ring_size)])).to(device)
 
-    Every rank of the ring must call it with its own share. Collectives per call: none for R = 1; with `all_gather` one gather in forward,
-    one gather and one reduce-scatter in backward; with `p2p` R-1 transfers in forward, 2(R-1) in backward.
+
+def attend(q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, call: RingCall) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Causal attention within each sample over the whole ring; rows laid out as `call.layout` says. Not differentiable: see `gradients`.
+
+    Every rank of the ring must call it with its own share. Collectives: none for R = 1, one gather with `all_gather`, R-1 exchanges between
+    pairs with `p2p`.
+
+    Returns:
+        (out_SNH, lse_SN, the keys and values received from other ranks, which `gradients` wants back).
     """
     assert q_SNH.shape[0] == call.layout.share_rows, (tuple(q_SNH.shape), call.layout)
-    return _RingAttention.apply(q_SNH, k_SKH, v_SKH, call)
+    tile = call.backend.forward_tile
+    arriving = _send_kv(k_SKH, v_SKH, call)
+    running = _Softmax(q_SNH, k_SKH, v_SKH, call)  # while keys and values travel
+    kept = []
+    for kv, blocks in zip(arriving, _visits(call, tile), strict=True):
+        running.add(blocks, kv)
+        kept.append(kv)
+    return *running.result(), kept
 
 
-class _RingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, call: RingCall) -> Tensor:
-        if call.layout.ring_size == 1:
-            out, lse = _attend_own(q, k, v, call, q.dtype)
-        else:
-            forward = {"all_gather": _forward_all_gather, "p2p": _forward_p2p}[call.transport]
-            out, lse = forward(q, k, v, call)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call = call
-        return out
+def gradients(
+    grad_out: Tensor, saved: tuple[Tensor, ...], kept: list[Tensor], call: RingCall, into: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend`.
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out: Tensor):
-        q, k, v, out, lse = ctx.saved_tensors
-        grad_out = grad_out.contiguous()  # a summed loss sends an expanded scalar, which kernels cannot read
-        if ctx.call.layout.ring_size == 1:
-            grads = _backward_own(grad_out, q, k, v, out, lse, ctx.call, q.dtype)
-        else:
-            backward = {"all_gather": _backward_all_gather, "p2p": _backward_p2p}[ctx.call.transport]
-            grads = backward(grad_out, q, k, v, out, lse, ctx.call)
-        return *(grad.to(q.dtype) for grad in grads), None
+    Args:
+        saved: (q, k, v, out, lse) of the forward call; kept: what it received.
+        into: where to write the result; new tensors by default.
 
+    Collectives: none for R = 1, one all-to-all with `all_gather`, R-1 exchanges between pairs with `p2p`.
 
-def _attend_own(q: Tensor, k: Tensor, v: Tensor, call: RingCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The causal blocks on the share's own rows. Returns (out in `dtype`, lse)."""
-    blocks = own_blocks(call.layout)
-    if len(blocks) == 1:
-        out, lse = call.backend.forward(q, k, v, causal=True, scale=call.scale)
-        return out.to(dtype), lse
-    out = q.new_empty(q.shape, dtype=dtype)
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype)).t()  # rows contiguous, as kernels want it
-    for block in blocks:
-        out[block.q], lse[block.q] = call.backend.forward(q[block.q], k[block.k], v[block.k], causal=True, scale=call.scale)
-    return out, lse
-
-
-def _backward_own(grad_out, q, k, v, out, lse, call: RingCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_attend_own` in `dtype`, given the merged out and lse. Returns (dq, dk, dv)."""
-    blocks = own_blocks(call.layout)
-    if len(blocks) == 1:
-        return tuple(x.to(dtype) for x in call.backend.backward(grad_out, q, k, v, out, lse, causal=True, scale=call.scale))
-    dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
-    for block in blocks:
-        rows = block.q
-        dq[rows], dk[rows], dv[rows] = call.backend.backward(
-            grad_out[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], causal=True, scale=call.scale
-        )
-    return dq, dk, dv
+    Returns:
+        (dq_SNH, dk_SKH, dv_SKH) in the dtype of q.
+    """
+    q, k, v = saved[:3]
+    if call.layout.ring_size == 1:
+        return _own_gradients(grad_out, saved, call, into)
+    dq_parts, returning = [], []
+    for visit, (kv, blocks) in enumerate(zip(kept, _visits(call), strict=True)):
+        dkv = kv.new_zeros(kv.shape) if call.transport == "all_gather" else torch.empty_like(kv)  # a gathered row may go unseen
+        for block in blocks:
+            dq, *dkv_block = _block_gradients(grad_out, saved, block, kv[block.k].chunk(2, dim=1), call)
+            for part, grad in zip(dkv[block.k].chunk(2, dim=1), dkv_block, strict=True):
+                part.copy_(grad)
+            dq_parts.append((block.q, dq))
+        returning.append(_send_dkv(dkv, visit, call))
+    dq, dk, dv = _own_gradients(grad_out, saved, call, None)  # while gradients travel
+    dtype = accumulation_dtype(q.dtype)
+    dq_sum, dkv_sum = dq.to(dtype), torch.cat((dk, dv), dim=1).to(dtype)
+    for rows, part in dq_parts:
+        dq_sum[rows] += part
+    for visit, pending in enumerate(returning):
+        _add_dkv(dkv_sum, pending.wait(), visit, call)
+    results = (dq_sum, *dkv_sum.chunk(2, dim=1))
+    into = into or tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return tuple(target.copy_(result) for target, result in zip(into, results, strict=True))
 
 
-class _Forward:
-    """A running softmax over the blocks of one call."""
+def _visits(call: RingCall, tile: int | None = None) -> list[tuple[Block, ...]]:
+    """Blocks against each buffer that arrives, in the order of arrival."""
+    layout, rank, size = call.layout, call.rank, call.layout.ring_size
+    if size == 1:
+        return []
+    if call.transport == "all_gather":
+        return [gathered_blocks(layout, rank, tile)]
+    return [visiting_blocks(layout, rank, (rank - step) % size, tile) for step in range(1, size)]
+
+
+def _send_kv(k: Tensor, v: Tensor, call: RingCall) -> Iterator[Tensor]:
+    """Begin to exchange keys and values; yields each buffer when the caller asks for it, not before it is there."""
+    layout, rank, size = call.layout, call.rank, call.layout.ring_size
+    if size == 1:
+        return iter(())
+    kv = torch.cat((k, v), dim=1)
+    if call.transport == "all_gather":
+        gathering = start_gather_rows(kv, call.group)
+        return (pending.wait().index_select(0, gathered_row(layout, kv.device)) for pending in [gathering])
+    pending = []
+    for step in range(1, size):
+        to, source = (rank + step) % size, (rank - step) % size
+        sent = kv[sent_rows(layout, rank, to, kv.device)]
+        num_rows = _num_sent(layout, source, rank)
+        pending.append(ring_send_recv(sent, call.group, step=step, recv_rows=num_rows, tag=step))
+    return (exchange.wait() for exchange in pending)
+
+
+def _send_dkv(dkv: Tensor, visit: int, call: RingCall) -> PendingRows:
+    """Begin to send the gradients of a received buffer to the ranks it came from, and to receive those of the own rows."""
+    layout, rank, size = call.layout, call.rank, call.layout.ring_size
+    if call.transport == "all_gather":
+        by_rank = dkv.index_select(0, pack_row(layout, dkv.device)).unflatten(0, (size, layout.share_rows))
+        return start_exchange_blocks(by_rank, call.group)
+    step = visit + 1
+    num_rows = _num_sent(layout, rank, (rank + step) % size)
+    return ring_send_recv(dkv, call.group, step=-step, recv_rows=num_rows, tag=size + step)
+
+
+def _add_dkv(dkv_sum: Tensor, received: Tensor, visit: int, call: RingCall) -> None:
+    """Add what other ranks' queries gave to the own keys and values."""
+    if call.transport == "all_gather":
+        dkv_sum += received.sum(0, dtype=dkv_sum.dtype)
+        return
+    reader = (call.rank + visit + 1) % call.layout.ring_size
+    rows = sent_rows(call.layout, call.rank, reader, received.device)
+    if isinstance(rows, slice):
+        dkv_sum[rows] += received
+    else:
+        dkv_sum.index_add_(0, rows, received.to(dkv_sum.dtype))
+
+
+def _num_sent(layout: SequenceLayout, source: int, reader: int) -> int:
+    return layout.share_rows if source > reader else layout.share_rows // 2
+
+
+class _Softmax:
+    """A running softmax over the blocks of one call: `out` is normalised and in the accumulation dtype as soon as there are rectangles."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: RingCall):
         self.q, self.call = q, call
-        self.out, self.lse = _attend_own(q, k, v, call, accumulation_dtype(q.dtype))
+        blocks = own_blocks(call.layout, call.backend.forward_tile)
+        causal, rectangles = [x for x in blocks if x.causal], [x for x in blocks if not x.causal]
+        merged = call.layout.ring_size > 1 or rectangles
+        dtype = accumulation_dtype(q.dtype)
+        if len(causal) == 1:
+            out, self.lse = call.backend.forward(q, k, v, causal=True, scale=call.scale)
+            self.out = out.to(dtype) if merged else out
+        else:
+            self.out = q.new_empty(q.shape, dtype=dtype if merged else q.dtype)
+            self.lse = q.new_empty(q.shape[1], q.shape[0], dtype=dtype).t()  # rows contiguous, as kernels want it
+        for block in causal if len(causal) > 1 else ():
+            keys = k[block.k], v[block.k]
+            self.out[block.q], self.lse[block.q] = call.backend.forward(q[block.q], *keys, causal=True, scale=call.scale)
+        for block in rectangles:
+            self._add(block, k[block.k], v[block.k])
 
-    def add(self, block: Block, kv: Tensor) -> None:
-        """Fold in one rectangle; `kv` holds exactly its keys and values."""
-        k, v = kv.chunk(2, dim=1)
+    def add(self, blocks: tuple[Block, ...], kv: Tensor) -> None:
+        """Fold in rectangles of keys and values that came from other ranks."""
+        for block in blocks:
+            self._add(block, *kv[block.k].chunk(2, dim=1))
+
+    def _add(self, block: Block, k: Tensor, v: Tensor) -> None:
         out, lse = self.call.backend.forward(self.q[block.q], k, v, causal=False, scale=self.call.scale)
-        self.out[block.q], self.lse[block.q] = merge_blocks(self.out[block.q], self.lse[block.q], out, lse)
+        self.call.kernels.merge_into(self.out[block.q], self.lse[block.q], out, lse)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(out in the dtype of q, lse)."""
         return self.out.to(self.q.dtype), self.lse
 
 
-class _Backward:
-    """Gradients of the own rows, summed over the blocks of one call."""
-
-    def __init__(self, grad_out, q, k, v, out, lse, call: RingCall):
-        self.rows, self.call = (grad_out, q, out, lse), call
-        self.dq, self.dk, self.dv = _backward_own(grad_out, q, k, v, out, lse, call, accumulation_dtype(q.dtype))
-
-    def add(self, block: Block, kv: Tensor) -> Tensor:
-        """Add one rectangle's part to dq; returns its part of dKV, [rows of kv, 2K, H] in the accumulation dtype."""
-        grad_out, q, out, lse = (x[block.q] for x in self.rows)
-        dq, dk, dv = self.call.backend.backward(grad_out, q, *kv.chunk(2, dim=1), out, lse, causal=False, scale=self.call.scale)
-        self.dq[block.q] += dq
-        return torch.cat((dk, dv), dim=1).to(self.dq.dtype)
-
-    def result(self, dkv_from_others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv); `dkv_from_others` is what the other ranks' queries gave to the own keys and values."""
-        dk, dv = dkv_from_others.chunk(2, dim=1)
-        return self.dq, self.dk + dk, self.dv + dv
+def _block_gradients(grad_out: Tensor, saved: tuple[Tensor, ...], block: Block, keys, call: RingCall) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of one block of `keys` = (k, v), given the merged out and lse."""
+    q, _, _, out, lse = saved
+    rows = (x[block.q] for x in (out, lse))
+    return call.backend.backward(grad_out[block.q], q[block.q], *keys, *rows, causal=block.causal, scale=call.scale)
 
 
-def _forward_all_gather(q: Tensor, k: Tensor, v: Tensor, call: RingCall) -> tuple[Tensor, Tensor]:
-    gathering = start_gather_rows(torch.cat((k, v), dim=1), call.group)
-    forward = _Forward(q, k, v, call)  # while keys and values travel
-    kv, row = gathering.wait(), gathered_row(call.layout, q.device)
-    for block in gathered_blocks(call.layout, call.rank):
-        forward.add(block, kv.index_select(0, row[block.k]))
-    return forward.result()
-
-
-def _backward_all_gather(grad_out, q, k, v, out, lse, call: RingCall) -> tuple[Tensor, Tensor, Tensor]:
-    gathering = start_gather_rows(torch.cat((k, v), dim=1), call.group)
-    backward = _Backward(grad_out, q, k, v, out, lse, call)
-    kv, row = gathering.wait(), gathered_row(call.layout, q.device)
-    dkv = kv.new_zeros(kv.shape, dtype=backward.dq.dtype)
-    for block in gathered_blocks(call.layout, call.rank):
-        rows = row[block.k]
-        dkv.index_copy_(0, rows, backward.add(block, kv.index_select(0, rows)))  # no two blocks share a key
-    return backward.result(reduce_scatter_rows(dkv, call.group))
-
-
-def _forward_p2p(q: Tensor, k: Tensor, v: Tensor, call: RingCall) -> tuple[Tensor, Tensor]:
-    ring_size = call.layout.ring_size
-    travelling = ring_send_recv(torch.cat((k, v), dim=1), call.group, tag=_KV_TAG)
-    forward = _Forward(q, k, v, call)
-    for step in range(1, ring_size):
-        kv = travelling.wait()
-        if step < ring_size - 1:
-            travelling = ring_send_recv(kv, call.group, tag=_KV_TAG)
-        for block in visiting_blocks(call.layout, call.rank, (call.rank - step) % ring_size):
-            forward.add(block, kv[block.k])
-    return forward.result()
-
-
-def _backward_p2p(grad_out, q, k, v, out, lse, call: RingCall) -> tuple[Tensor, Tensor, Tensor]:
-    """dKV follows its keys and values around the ring, one step behind, and comes home with the last transfer."""
-    ring_size = call.layout.ring_size
-    travelling = ring_send_recv(torch.cat((k, v), dim=1), call.group, tag=_KV_TAG)
-    backward = _Backward(grad_out, q, k, v, out, lse, call)
-    returning = None
-    for step in range(1, ring_size):
-        kv = travelling.wait()
-        if step < ring_size - 1:
-            travelling = ring_send_recv(kv, call.group, tag=_KV_TAG)
-        dkv = kv.new_zeros(kv.shape, dtype=backward.dq.dtype)
-        for block in visiting_blocks(call.layout, call.rank, (call.rank - step) % ring_size):
-            dkv[block.k] = backward.add(block, kv[block.k])
-        if returning is not None:
-            dkv += returning.wait()
-        returning = ring_send_recv(dkv, call.group, tag=_GRAD_TAG)
-    return backward.result(returning.wait())
+def _own_gradients(grad_out: Tensor, saved: tuple[Tensor, ...], call: RingCall, into) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the causal blocks on the own rows, in the dtype of q, written to `into` if given."""
+    q, k, v = saved[:3]
+    blocks = own_blocks(call.layout)  # never cut: kernels lose no speed on long blocks in backward
+    if len(blocks) == 1:
+        grads = _block_gradients(grad_out, saved, blocks[0], (k, v), call)
+        return grads if into is None else tuple(target.copy_(grad) for target, grad in zip(into, grads, strict=True))
+    into = into or tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for block in blocks:
+        grads = _block_gradients(grad_out, saved, block, (k[block.k], v[block.k]), call)
+        for target, grad in zip(into, grads, strict=True):
+            target[block.q] = grad
+    return into

@@ -152,17 +152,28 @@ def start_gather_rows(x_TD: Tensor, group: ProcessGroup) -> PendingRows:
     return PendingRows(out, x_TD, [_all_gather(out, x_TD, group=group, async_op=True)])
 
 
-def ring_send_recv(x_TD: Tensor, group: ProcessGroup, *, tag: int = 0) -> PendingRows:
-    """Begin to send x to the next rank of `group` and to receive a tensor of the same shape and dtype from the previous one.
+def start_exchange_blocks(x: Tensor, group: ProcessGroup) -> PendingRows:
+    """Begin an all-to-all of equal blocks [P, ...] -> [P, ...]: block j goes to rank j, block i of the result came from rank i.
+
+    Not differentiable; see `exchange_blocks` for the autograd pair.
+    """
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    return PendingRows(out, x, [dist.all_to_all_single(out, x, group=group, async_op=True)])
+
+
+def ring_send_recv(x_TD: Tensor, group: ProcessGroup, *, step: int = 1, recv_rows: int | None = None, tag: int = 0) -> PendingRows:
+    """Begin to send x to the rank `step` places on in `group`, and to receive rows of the same kind from the rank as many places back.
 
     Not differentiable. Transfers in flight together are started in the same order on all ranks (NCCL matches them by order) and carry
     different tags (gloo matches them by tag).
+
+    Args:
+        recv_rows: rows to receive, as many as are sent by default.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     x_TD = x_TD.contiguous()
-    out = torch.empty_like(x_TD)
-    following, preceding = (dist.get_global_rank(group, (rank + step) % size) for step in (1, -1))
-    works = dist.batch_isend_irecv(
-        [dist.P2POp(dist.isend, x_TD, following, group, tag), dist.P2POp(dist.irecv, out, preceding, group, tag)]
-    )
+    out = x_TD.new_empty(x_TD.shape[0] if recv_rows is None else recv_rows, *x_TD.shape[1:])
+    to, source = (dist.get_global_rank(group, (rank + places) % size) for places in (step, -step))
+    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, x_TD, to, group, tag), dist.P2POp(dist.irecv, out, source, group, tag)])
     return PendingRows(out, x_TD, works)

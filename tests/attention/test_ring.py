@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from megatron_longvila.attention.ring import gathered_blocks, own_blocks, visiting_blocks
+from megatron_longvila.attention.ring import gathered_blocks, own_blocks, sent_rows, visiting_blocks
 from megatron_longvila.parallel.plan import SequenceLayout, pad_samples, share_order
 
 
@@ -21,21 +22,27 @@ def _wanted(layout, rank):
     return sorted((query, key) for query in share_order(layout, rank) for key in rows if sample[query] == sample[key] and key <= query)
 
 
+def _received(layout, share, source, reader):
+    """Positions in the padded pack of the rows that `source` sends to `reader`."""
+    return share[sent_rows(layout, source, reader, torch.device("cpu"))]
+
+
 @pytest.mark.parametrize("ring_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("lengths", [(9,), (1,), (13, 1, 6)])
-def test_blocks_meet_every_pair_exactly_once(ring_size, lengths):
+@pytest.mark.parametrize("lengths", [(9,), (1,), (13, 1, 6), (29, 3)])
+@pytest.mark.parametrize("tile", [None, 1, 4])
+def test_blocks_meet_every_pair_exactly_once(ring_size, lengths, tile):
     layout = pad_samples(lengths, ulysses_size=2, ring_size=ring_size)
     shares = [share_order(layout, rank) for rank in range(ring_size)]
     pack = np.arange(layout.total_rows)
     for rank in range(ring_size):
-        own = [pair for block in own_blocks(layout) for pair in _pairs(block, shares[rank], shares[rank])]
-        gathered = [pair for block in gathered_blocks(layout, rank) for pair in _pairs(block, shares[rank], pack)]
+        own = [pair for block in own_blocks(layout, tile) for pair in _pairs(block, shares[rank], shares[rank])]
+        gathered = [pair for block in gathered_blocks(layout, rank, tile) for pair in _pairs(block, shares[rank], pack)]
         visiting = [
             pair
             for source in range(ring_size)
             if source != rank
-            for block in visiting_blocks(layout, rank, source)
-            for pair in _pairs(block, shares[rank], shares[source])
+            for block in visiting_blocks(layout, rank, source, tile)
+            for pair in _pairs(block, shares[rank], _received(layout, shares[source], source, rank))
         ]
         # sorted lists, not sets: a pair counted twice must be seen
         assert sorted(own + gathered) == _wanted(layout, rank)
@@ -59,3 +66,18 @@ def test_the_keys_of_two_rectangles_never_overlap():
     for rank in range(4):
         keys = [key for block in gathered_blocks(layout, rank) for key in range(block.k.start, block.k.stop)]
         assert len(keys) == len(set(keys))
+
+
+def test_no_row_is_sent_that_nobody_looks_at():
+    layout = SequenceLayout(ring_size=4, ulysses_size=1, sample_lengths=(64, 16, 8))
+    for source, reader in ((source, reader) for source in range(4) for reader in range(4) if source != reader):
+        share, needed = share_order(layout, source), {key for _, key in _wanted(layout, reader)}
+        received = _received(layout, share, source, reader).tolist()
+        assert received == [row for row in share.tolist() if row in needed]
+
+
+def test_a_long_sample_is_cut_into_tiles_and_a_short_one_is_not():
+    layout = SequenceLayout(ring_size=1, ulysses_size=1, sample_lengths=(8, 10))
+    shapes = [(block.q.start, block.q.stop, block.k.start, block.k.stop, block.causal) for block in own_blocks(layout, 4)]
+    causal = [(0, 8, 0, 8), (8, 12, 8, 12), (12, 16, 12, 16), (16, 18, 16, 18)]
+    assert shapes == [*((*block, True) for block in causal), (12, 18, 8, 12, False), (16, 18, 12, 16, False)]
