@@ -100,9 +100,10 @@ def check_device(config: Config) -> None:
     for name, value, otherwise in (
         ("model.layers", config.model.layers, "local"),
         ("model.attention_backend", config.model.attention_backend, "auto"),
+        ("model.kernels", config.model.kernels, "auto"),
         ("optimizer.backend", config.optimizer.backend, "torch"),
     ):
-        if value in ("te", "apex", "cudnn", "flash"):
+        if value in ("te", "apex", "cudnn", "flash", "triton"):
             raise ValueError(f"{name}={value!r} needs a CUDA device and this machine shows none; use --{name} {otherwise}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.environ.get("LONGVILA_GPU_TESTS"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CPU tests fork ranks, and a forked child cannot use a CUDA context
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in the interpreter, which has to be asked for before triton is imported
 
 sys.path.insert(0, str(Path(__file__).parent))  # `from ranks import run_ranks` from any folder below
 sys.path.insert(0, str(Path(__file__).parents[1]))

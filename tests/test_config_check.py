@@ -225,7 +225,9 @@ def test_the_other_apex_is_not_apex(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not platform.is_cpu(), reason="needs a machine without CUDA")
-@pytest.mark.parametrize("flags", ["--model.layers te", "--model.attention_backend cudnn", "--optimizer.backend apex"])
+@pytest.mark.parametrize(
+    "flags", ["--model.layers te", "--model.attention_backend cudnn", "--model.kernels triton", "--optimizer.backend apex"]
+)
 def test_what_needs_cuda_is_refused_without_it(flags):
     with pytest.raises(ValueError, match=f"{flags.split()[0][2:]}='{flags.split()[1]}' needs a CUDA device.*use --{flags.split()[0][2:]} "):
         check_device(tiny(flags))

@@ -1,10 +1,14 @@
-"""The transformer layer of both towers: Megatron's, with our attention and norms, on Megatron's or Transformer Engine's linears."""
+"""The transformer layer of both towers: Megatron's, with our attention, norms and activation, on its linears or Transformer Engine's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 from megatron_longvila.config import LoraConfig
+from megatron_longvila.kernels.choice import Kernels
 from megatron_longvila.models.lora import adapt
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
@@ -19,7 +23,25 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # isort: skip
 
 
-def local_layer(norm: type, core_attention: Callable, mask: AttnMaskType) -> ModuleSpec:
+class SwiGLU(torch.nn.Module):
+    """silu(gate) * value of [..., 2F] -> [..., F] in one pass, where Megatron's MLP takes three and keeps the product's factors.
+
+    Megatron's `use_te_activation_func` is the switch for an activation that takes gate and value together, whoever wrote it.
+    """
+
+    def __init__(self, config, kernels: Kernels):
+        super().__init__()
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.swiglu(x)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Nothing to save; Megatron's MLP asks each of its parts."""
+        return {}
+
+
+def local_layer(norm: type | ModuleSpec, core_attention: Callable, mask: AttnMaskType) -> ModuleSpec:
     """Pre-norm layer on Megatron's own linears. Sharded names equal Transformer Engine's, so that checkpoints fit both kinds."""
     attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=core_attention, linear_proj=RowParallelLinear)
     return ModuleSpec(
@@ -58,7 +80,13 @@ def te_layer(core_attention: Callable, mask: AttnMaskType) -> ModuleSpec:
 
 
 def block_spec(
-    layers: str, num_layers: int, norm: type, core_attention: Callable, mask: AttnMaskType, lora: LoraConfig | None = None
+    layers: str,
+    num_layers: int,
+    norm: type | ModuleSpec,
+    core_attention: Callable,
+    mask: AttnMaskType,
+    lora: LoraConfig | None = None,
+    activation: ModuleSpec | None = None,
 ) -> TransformerBlockSubmodules:
     """`num_layers` equal layers and their final norm.
 
@@ -67,9 +95,12 @@ def block_spec(
         norm: class of the norms (final norm included) of `local` layers, and of the final norm of `te` layers.
         core_attention: called with the keyword arguments Megatron gives a core attention class.
         lora: adapters beside the attention's linears.
+        activation: module between the MLP's linears, instead of the function Megatron's configuration names.
     """
     layer = te_layer(core_attention, mask) if layers == "te" else local_layer(norm, core_attention, mask)
     if lora is not None:
         adapt(layer.submodules.self_attention.submodules, lora)
+    if activation is not None:
+        layer.submodules.mlp.submodules.activation_func = activation
     # Megatron picks its own norm class, which refuses sequence parallelism, unless the whole block is spelled out.
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

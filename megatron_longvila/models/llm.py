@@ -14,8 +14,9 @@ from megatron_longvila import platform
 from megatron_longvila.attention.backends import Backend, get_backend
 from megatron_longvila.attention.core_attention import CoreAttention, SequenceParams
 from megatron_longvila.config import Config
+from megatron_longvila.kernels.choice import Kernels, get_kernels
 from megatron_longvila.mesh import pipeline_layers
-from megatron_longvila.models.layer_spec import block_spec
+from megatron_longvila.models.layer_spec import SwiGLU, block_spec
 from megatron_longvila.models.norms import RMSNorm
 from megatron_longvila.models.rope import inverse_frequencies, rotary_angles
 from megatron_longvila.parallel.groups import Groups
@@ -23,15 +24,19 @@ from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the fi
 
 from megatron.core.models.gpt import GPTModel  # isort: skip
 from megatron.core.transformer.enums import AttnMaskType  # isort: skip
+from megatron.core.transformer.spec_utils import ModuleSpec  # isort: skip
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 
 
-def layer_spec(config: Config, groups: Groups, backend: Backend, transport: str) -> TransformerBlockSubmodules:
+def layer_spec(config: Config, groups: Groups, backend: Backend, transport: str, kernels: Kernels) -> TransformerBlockSubmodules:
     """Layers of this rank's pipeline stage; `transport` is how the ring axis moves keys and values, `all_gather` or `p2p`."""
+    norm = ModuleSpec(module=RMSNorm, params={"kernels": kernels})
+    activation = ModuleSpec(module=SwiGLU, params={"kernels": kernels}) if kernels.name == "triton" else None
     stages = pipeline_layers(config.model.llm.num_layers, groups.mesh.pp_size, config.parallel.pipeline_layers)
-    core_attention = partial(CoreAttention, groups=groups, backend=backend, transport=transport)
-    return block_spec(config.model.layers, stages[groups.pp.rank()], RMSNorm, core_attention, AttnMaskType.causal, config.model.lora)
+    core_attention = partial(CoreAttention, groups=groups, backend=backend, transport=transport, kernels=kernels)
+    num_layers = stages[groups.pp.rank()]
+    return block_spec(config.model.layers, num_layers, norm, core_attention, AttnMaskType.causal, config.model.lora, activation)
 
 
 def ring_transport(config: Config, groups: Groups) -> str:
@@ -53,7 +58,8 @@ class LanguageModel(GPTModel):
     def __init__(self, config: Config, groups: Groups, megatron_config: TransformerConfig):
         """`megatron_config` is `transformer_config(config, groups)`, shared with the enclosing model as Megatron's schedules expect."""
         llm = config.model.llm
-        spec = layer_spec(config, groups, get_backend(config.model.attention_backend), ring_transport(config, groups))
+        kernels = get_kernels(config.model.kernels, platform.device())
+        spec = layer_spec(config, groups, get_backend(config.model.attention_backend), ring_transport(config, groups), kernels)
         super().__init__(
             megatron_config,
             spec,

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_longvila import platform
 from megatron_longvila.attention.core_attention import SequenceParams
 from megatron_longvila.config import Config
+from megatron_longvila.kernels.choice import get_kernels
 from megatron_longvila.models.llm import LanguageModel
 from megatron_longvila.models.projector import Projector
 from megatron_longvila.models.siglip import SiglipTower
@@ -35,6 +37,7 @@ class LongVILA(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = groups.is_first_stage, groups.is_last_stage
         self.cp_group = groups.cp
+        self.kernels = get_kernels(config.model.kernels, platform.device())
         self.vision_config = config.model.vision
         self.lora = config.model.lora
         self.recompute_vision = config.training.recompute_vision
@@ -103,12 +106,12 @@ class LongVILA(MegatronModule):
         if visual_VD is None:
             visual_VD = self.encode_frames(frames_FHWC)
         exchange, device = plan.exchange, visual_VD.device
-        sent_VD = visual_VD.index_select(0, torch.from_numpy(exchange.send_index).to(device))
+        sent_VD = self.kernels.take_rows(visual_VD, torch.from_numpy(exchange.send_index).to(device))
         received_VD = exchange_rows(sent_VD, exchange.send_counts, exchange.recv_counts, self.cp_group)
         # Placeholders are negative: they look up row 0 and are overwritten, so that no embedding row sees their gradient.
         text_T1D = self.language_model.embedding(input_ids=input_ids_T.clamp(min=0)[None], position_ids=None)
         recv_rows = torch.from_numpy(exchange.recv_rows).to(device)
-        return text_T1D.index_copy(0, recv_rows, received_VD[:, None].to(text_T1D.dtype))
+        return self.kernels.place_rows(text_T1D.squeeze(1), received_VD.to(text_T1D.dtype), recv_rows).unsqueeze(1)
 
     def forward(
         self, frames_FHWC: Tensor, input_ids_T: Tensor, positions_T: Tensor, plan: RankPlan, visual_VD: Tensor | None = None

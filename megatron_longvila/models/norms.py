@@ -12,22 +12,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_longvila import platform
+from megatron_longvila.kernels.choice import REFERENCE, Kernels
 
 
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight over the last dimension, any leading shape, any floating dtype.
 
-    The mean is taken in fp32 and the normalised value is rounded to x's dtype before the weight multiplies it, as Qwen2 and Llama of
-    transformers do (Megatron and Transformer Engine multiply first).
+    The mean is taken in fp32. The plain kernel rounds the normalised value to x's dtype before the weight multiplies it, as Qwen2 and Llama
+    of transformers do; the Triton kernel rounds once, at the end (Megatron and Transformer Engine multiply first, too).
     """
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-6):
+    def __init__(self, config, hidden_size: int, eps: float = 1e-6, kernels: Kernels = REFERENCE):
         super().__init__()
-        self.eps = eps
+        self.eps, self.kernels = eps, kernels
         self.weight = _parameter(torch.ones(hidden_size), config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+        return self.kernels.rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(torch.nn.Module):

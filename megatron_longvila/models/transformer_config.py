@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from megatron_longvila import platform
 from megatron_longvila.config import Config
+from megatron_longvila.kernels.choice import get_kernels
 from megatron_longvila.mesh import pipeline_layers
 from megatron_longvila.models.rope import softmax_scale
 from megatron_longvila.parallel.groups import Groups
@@ -46,6 +47,7 @@ def transformer_config(config: Config, groups: Groups) -> TransformerConfig:
             layernorm_epsilon=llm.norm_epsilon,
             gated_linear_unit=True,
             activation_func=F.silu,
+            use_te_activation_func=get_kernels(config.model.kernels, platform.device()).name == "triton",  # see layer_spec.SwiGLU
             add_bias_linear=False,
             add_qkv_bias=llm.architecture == "qwen2",
             softmax_scale=softmax_scale(llm),

@@ -46,7 +46,7 @@ OWN_FIELDS = ("output_dir", "checkpoint.load")
 NEUTRAL = re.compile(
     r"output_dir|parallel\..*|logging\..*|checkpoint\.(?!load_parts).*|data\.(num_workers|evaluation|train|tokenizer|video\.timeout_s)"
     r"|training\.(check_trainable|may_see_no_gradient|recompute|recompute_vision|loss_chunk_rows|evaluation_interval|evaluation_rows)"
-    r"|model\.(layers|attention_backend|vision\.frames_per_micro_batch)"
+    r"|model\.(layers|attention_backend|kernels|vision\.frames_per_micro_batch)"
 )
 # What must be the same in two stages for the weights of one to fit the other.
 STRUCTURAL = re.compile(

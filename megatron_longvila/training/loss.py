@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_longvila import platform
 from megatron_longvila.config import Config
+from megatron_longvila.kernels.choice import Kernels, get_kernels
 from megatron_longvila.parallel.plan import IGNORE_INDEX
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
@@ -122,5 +124,34 @@ def _logits(model, hidden_L1D: Tensor, config: Config) -> Tensor:
 
 def _chunk_losses(model, hidden_L1D: Tensor, labels_L: Tensor, config: Config) -> Tensor:
     """fp32 losses [L] of one chunk."""
-    logits_L1V = _logits(model, hidden_L1D, config).float()
-    return vocab_parallel_cross_entropy(logits_L1V, labels_L.unsqueeze(1)).squeeze(1)
+    logits_L1V = _logits(model, hidden_L1D, config)
+    kernels = get_kernels(config.model.kernels, platform.device())
+    if kernels.name == "triton":
+        return _CrossEntropy.apply(logits_L1V.squeeze(1), labels_L, parallel_state.get_tensor_model_parallel_group(), kernels)
+    return vocab_parallel_cross_entropy(logits_L1V.float(), labels_L.unsqueeze(1)).squeeze(1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Losses [L] in fp32 from this tp rank's logits [L, V / tp] in their own dtype; two all-reduces, of L and of 2L values.
+
+    Megatron's function does the same through an fp32 copy of the logits and several passes over it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits_LV: Tensor, labels_L: Tensor, group: torch.distributed.ProcessGroup, kernels: Kernels) -> Tensor:
+        ctx.kernels, ctx.first_column = kernels, group.rank() * logits_LV.shape[1]
+        lse_L, target_L = kernels.lse_and_target(logits_LV, labels_L, ctx.first_column)
+        if group.size() > 1:
+            largest_L = lse_L.clone()
+            torch.distributed.all_reduce(largest_L, op=torch.distributed.ReduceOp.MAX, group=group)
+            sums_2L = torch.stack((torch.exp(lse_L - largest_L), target_L))
+            torch.distributed.all_reduce(sums_2L, group=group)
+            lse_L, target_L = largest_L + sums_2L[0].log(), sums_2L[1]
+        ctx.save_for_backward(logits_LV, labels_L, lse_L)
+        return lse_L - target_L
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_L: Tensor):
+        logits_LV, labels_L, lse_L = ctx.saved_tensors
+        return ctx.kernels.cross_entropy_gradient(logits_LV, labels_L, ctx.first_column, lse_L, grad_L), None, None, None

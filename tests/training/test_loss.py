@@ -32,8 +32,9 @@ class OutputLayer(torch.nn.Module):
         return self.embedding if self.share_embeddings_and_output_weights else self.output_layer.weight
 
 
-def make_config(chunk_rows: int) -> Config:
-    return Config(model=ModelConfig(llm=LLMConfig(vocab_size=VOCAB)), training=TrainingConfig(loss_chunk_rows=chunk_rows, precision="fp32"))
+def make_config(chunk_rows: int, kernels: str = "reference") -> Config:
+    model = ModelConfig(llm=LLMConfig(vocab_size=VOCAB), kernels=kernels)
+    return Config(model=model, training=TrainingConfig(loss_chunk_rows=chunk_rows, precision="fp32"))
 
 
 def make_data(labelled: bool):
@@ -56,7 +57,7 @@ def reference(labelled: bool):
     return loss.detach(), hidden.grad, weight.grad, logits.argmax(-1)[labels != IGNORE_INDEX]
 
 
-def _compare(rank: int, tp_size: int, sequence_parallel: bool, tied: bool) -> None:
+def _compare(rank: int, tp_size: int, sequence_parallel: bool, tied: bool, kernels: str) -> None:
     from megatron.core import parallel_state
 
     from megatron_longvila.training.loss import predict, token_loss
@@ -78,7 +79,7 @@ def _compare(rank: int, tp_size: int, sequence_parallel: bool, tied: bool) -> No
             # DDP hangs its hook here; keep the node alive, or the hook is lost
             accumulator = shared.expand_as(shared).grad_fn.next_functions[0][0]
             accumulator.register_hook(lambda *_, fired=fired: fired.append(1))
-            loss_sum, count, log = token_loss(model, hidden, labels, make_config(chunk_rows))
+            loss_sum, count, log = token_loss(model, hidden, labels, make_config(chunk_rows, kernels))
             loss_sum.backward()
             assert count.dtype == torch.int32 and int(count) == int((labels != IGNORE_INDEX).sum()) == int(log["count"])
             assert fired == [1]
@@ -100,7 +101,12 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("tp_size,sequence_parallel,tied", [(1, False, False), (2, True, True), (4, False, True), (4, True, False)])
 def test_loss_equals_cross_entropy(tp_size: int, sequence_parallel: bool, tied: bool) -> None:
-    run_ranks(_compare, tp_size, tp_size, sequence_parallel, tied)
+    run_ranks(_compare, tp_size, tp_size, sequence_parallel, tied, "reference")
+
+
+@pytest.mark.parametrize("tp_size,sequence_parallel,tied", [(1, False, False), (4, True, True)])
+def test_loss_on_triton_kernels(tp_size: int, sequence_parallel: bool, tied: bool) -> None:
+    run_ranks(_compare, tp_size, tp_size, sequence_parallel, tied, "triton")
 
 
 def _wrong_rows(rank: int) -> None:
