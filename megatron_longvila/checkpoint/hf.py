@@ -11,7 +11,7 @@ Source tensors that never reach the loss (the tower's last layers, post-norm and
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,10 +29,14 @@ State = dict[str, Tensor]
 _VISION = "vision_tower.vision_model."
 EXTRA_ROWS = "#rows_beyond_vocab_size"
 _TABLE, _HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
+_POSITIONS = "vision_tower.position_table"
+# Of a whole SigLIP, whose text half stands beside the tower.
+BESIDE_VISION = ("vision_tower.text_model.", "vision_tower.logit_scale", "vision_tower.logit_bias")
 # Tensors that may be in a source without a target. The layer number is checked against the configuration in `_is_passenger`.
 _PASSENGERS = (
     re.compile(r"vision_tower\.vision_model\.(post_layernorm|head)\..+"),
     re.compile(r"vision_tower\.vision_model\.embeddings\.position_ids"),
+    re.compile(r"vision_tower\.(text_model\..+|logit_scale|logit_bias)"),
     re.compile(r"llm\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
 )
 _VISION_LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\..+")
@@ -82,6 +86,66 @@ def adapter_rules(config: Config) -> list[Rule]:
     return found
 
 
+@dataclass(frozen=True)
+class ImportPlan:
+    """Where every tensor of a source goes; names have the inner `vision_model.`.
+
+    Attributes:
+        rules: how the model is filled, each rule once.
+        passengers: tensors that travel whole.
+        extra_rows: vocabulary matrices with more rows than the model: the rows beyond travel too.
+        repeats_table: the source has an `lm_head` although it is tied; it must equal the embedding.
+    """
+
+    rules: tuple[Rule, ...]
+    passengers: tuple[str, ...]
+    extra_rows: tuple[str, ...]
+    repeats_table: bool
+
+
+def plan_import(shapes: Mapping[str, tuple[int, ...]], config: Config, *, resize_positions: bool = False) -> ImportPlan:
+    """Give every tensor of a source its place, from names (as `inner_names` spells them) and shapes alone.
+
+    Raises:
+        ValueError: a source tensor has no rule and is no passenger, a target is not filled, or a shape is wrong.
+    """
+    found, remaining, missing, extra_rows = rules(config), set(shapes), [], []
+    repeats_table = config.model.llm.tie_embeddings and {_HEAD, _TABLE} <= remaining
+    if repeats_table:
+        remaining.remove(_HEAD)
+    for rule in found:
+        for name, wanted in zip(rule.sources, rule.shapes, strict=True):
+            if name not in remaining:
+                missing.append(name)
+                continue
+            remaining.remove(name)
+            shape = tuple(shapes[name])
+            if name in (_TABLE, _HEAD) and shape[0] > wanted[0]:
+                extra_rows.append(name)
+                shape = (wanted[0], *shape[1:])
+            if not (resize_positions and rule.target == _POSITIONS):
+                _check_shape(name, shape, wanted)
+    passengers = sorted(name for name in remaining if _is_passenger(name, config))
+    _refuse(missing, remaining.difference(passengers))
+    return ImportPlan(tuple(found), tuple(passengers), tuple(extra_rows), repeats_table)
+
+
+def fill(rule: Rule, sources: Sequence[Tensor]) -> Tensor:
+    """The target of a rule, made of its sources, which `plan_import` has passed."""
+    tensors = list(sources)
+    if rule.sources[0] in (_TABLE, _HEAD):
+        tensors[0] = tensors[0][: rule.shapes[0][0]]
+    elif rule.target == _POSITIONS and tuple(tensors[0].shape) != rule.shapes[0]:
+        tensors[0] = resize_position_table(tensors[0], rule.shapes[0][0])
+    return rule.merge(*tensors)
+
+
+def check_tied(head: Tensor, table: Tensor) -> None:
+    """Raises ValueError if an `lm_head` that should repeat the embedding does not."""
+    if not torch.equal(head, table):
+        raise ValueError(f"{_HEAD} differs from {_TABLE}, so they are not tied; set model.llm.tie_embeddings=false to keep both")
+
+
 def to_megatron(hf_state: State, config: Config, *, resize_positions: bool = False) -> tuple[State, State]:
     """Weights in VILA's layout to LongVILA's full state.
 
@@ -92,31 +156,16 @@ def to_megatron(hf_state: State, config: Config, *, resize_positions: bool = Fal
         (state, passengers). A tied `llm.lm_head.weight` that equals the embedding is accepted and is in neither.
 
     Raises:
-        ValueError: a source tensor has no rule and is no passenger, a target is not filled, a name occurs in both spellings, or a
-            shape is wrong.
+        ValueError: as `plan_import`, or a name occurs in both spellings.
     """
-    sources = _normalized(hf_state)
-    state, passengers, missing = {}, {}, []
-    if config.model.llm.tie_embeddings and _HEAD in sources and _TABLE in sources and not torch.equal(sources.pop(_HEAD), sources[_TABLE]):
-        raise ValueError(f"{_HEAD} differs from {_TABLE}, so they are not tied; set model.llm.tie_embeddings=false to keep both")
-    for rule in rules(config):
-        absent = [name for name in rule.sources if name not in sources]
-        missing += absent
-        if absent:
-            continue
-        tensors = [sources.pop(name) for name in rule.sources]
-        if rule.sources[0] in (_TABLE, _HEAD):
-            tensors[0], extra = tensors[0][: config.model.llm.vocab_size], tensors[0][config.model.llm.vocab_size :]
-            if len(extra):
-                passengers[rule.sources[0] + EXTRA_ROWS] = extra.clone()
-        if resize_positions and rule.target == "vision_tower.position_table":
-            tensors[0] = resize_position_table(tensors[0], rule.shapes[0][0])
-        for name, tensor, shape in zip(rule.sources, tensors, rule.shapes, strict=True):
-            _check_shape(name, tensor, shape)
-        state[rule.target] = rule.merge(*tensors)
-    passengers |= {name: sources.pop(name) for name in list(sources) if _is_passenger(name, config)}
-    _refuse(missing, sources)
-    return state, passengers
+    sources = {name: hf_state[spelled] for name, spelled in inner_names(hf_state).items()}
+    plan = plan_import({name: tuple(tensor.shape) for name, tensor in sources.items()}, config, resize_positions=resize_positions)
+    if plan.repeats_table:
+        check_tied(sources[_HEAD], sources[_TABLE])
+    state = {rule.target: fill(rule, [sources[name] for name in rule.sources]) for rule in plan.rules}
+    passengers = {name: sources[name] for name in plan.passengers}
+    rows = config.model.llm.vocab_size
+    return state, passengers | {name + EXTRA_ROWS: sources[name][rows:].clone() for name in plan.extra_rows}
 
 
 def from_megatron(state: State, passengers: State, config: Config, *, inner_prefix: bool = True) -> State:
@@ -135,21 +184,49 @@ def from_megatron(state: State, passengers: State, config: Config, *, inner_pref
             missing.append(rule.target)
             continue
         tensor = remaining.pop(rule.target)
-        _check_shape(rule.target, tensor, shapes[rule.target])
-        hf_state.update(zip(rule.sources, (part.contiguous() for part in rule.split(tensor)), strict=True))
+        _check_shape(rule.target, tuple(tensor.shape), shapes[rule.target])
+        hf_state.update(split(rule, tensor, passengers))
     if any(map(is_adapter, remaining)):
         raise ValueError("the state has adapters, which the layout does not know; merge them first with tools/merge_lora.py")
     _refuse(missing, remaining)
     for name, tensor in passengers.items():
         if name.endswith(EXTRA_ROWS):
-            name = name.removesuffix(EXTRA_ROWS)
-            tensor = torch.cat([hf_state.pop(name), tensor])
+            continue
         if name in hf_state:
             raise ValueError(f"passenger {name} is also a tensor of the model; drop the passenger")
         hf_state[name] = tensor
-    if inner_prefix:
-        return hf_state
-    return {name.replace(_VISION, "vision_tower."): tensor for name, tensor in hf_state.items()}
+    return hf_state if inner_prefix else {flat_name(name): tensor for name, tensor in hf_state.items()}
+
+
+def split(rule: Rule, tensor: Tensor, passengers: Mapping[str, Tensor]) -> State:
+    """The sources of a rule, made of its target and of the vocabulary rows that travelled."""
+    parts = dict(zip(rule.sources, (part.contiguous() for part in rule.split(tensor)), strict=True))
+    for name in parts.keys() & {_TABLE, _HEAD}:
+        if name + EXTRA_ROWS in passengers:
+            parts[name] = torch.cat([parts[name], passengers[name + EXTRA_ROWS]])
+    return parts
+
+
+def inner_names(names: Iterable[str]) -> dict[str, str]:
+    """Name with the inner `vision_model.` -> the name that was given.
+
+    Raises:
+        ValueError: a name occurs in both spellings.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        inner = name
+        if name.startswith("vision_tower.") and not name.startswith((_VISION, *BESIDE_VISION)):
+            inner = _VISION + name.removeprefix("vision_tower.")
+        if inner in found:
+            raise ValueError(f"{inner} is in the source twice, with and without its inner vision_model.; remove one")
+        found[inner] = name
+    return found
+
+
+def flat_name(name: str) -> str:
+    """The name without the inner `vision_model.`."""
+    return "vision_tower." + name.removeprefix(_VISION) if name.startswith(_VISION) else name
 
 
 def full_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -216,7 +293,7 @@ def _vision_rules(config: Config) -> Iterator[Rule]:
     hidden, ffn, heads = vision.hidden_size, vision.ffn_hidden_size, vision.num_attention_heads
     embeddings = f"{_VISION}embeddings"
     yield from _affine("vision_tower.patch_embedding", f"{embeddings}.patch_embedding", hidden, 3, vision.patch_size, vision.patch_size)
-    yield _copy("vision_tower.position_table", f"{embeddings}.position_embedding.weight", vision.grid_size**2, hidden)
+    yield _copy(_POSITIONS, f"{embeddings}.position_embedding.weight", vision.grid_size**2, hidden)
     for index in range(vision.built_layers):
         target, source = f"vision_tower.encoder.layers.{index}", f"{_VISION}encoder.layers.{index}"
         for kind, inputs in (("weight", (hidden,)), ("bias", ())):
@@ -270,18 +347,6 @@ def _llm_rules(config: Config) -> Iterator[Rule]:
         yield _padded_rows("language_model.output_layer.weight", _HEAD, *table)
 
 
-def _normalized(hf_state: State) -> State:
-    """The same tensors with the inner `vision_model.` always there."""
-    sources = {}
-    for name, tensor in hf_state.items():
-        if name.startswith("vision_tower.") and not name.startswith(_VISION):
-            name = _VISION + name.removeprefix("vision_tower.")
-        if name in sources:
-            raise ValueError(f"{name} is in the source twice, with and without its inner vision_model.; remove one")
-        sources[name] = tensor
-    return sources
-
-
 def _is_passenger(name: str, config: Config) -> bool:
     layer = _VISION_LAYER.fullmatch(name)
     if layer:
@@ -289,11 +354,11 @@ def _is_passenger(name: str, config: Config) -> bool:
     return any(pattern.fullmatch(name) for pattern in _PASSENGERS)
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) == tuple(shape):
+def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if shape == tuple(wanted):
         return
     hint = "; pass resize_positions=True to interpolate it" if "position_embedding" in name else ""
-    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the configuration asks for {tuple(shape)}; correct the model section{hint}")
+    raise ValueError(f"{name} has shape {shape}, the configuration asks for {tuple(wanted)}; correct the model section{hint}")
 
 
 def _refuse(missing, unexpected) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megatron_longvila import config_io
 from megatron_longvila.checkpoint.hf import EXTRA_ROWS, Rule, adapter_rules, merge_qkv, rules
-from megatron_longvila.checkpoint.origin import COMPLETE, hash_mark
-from megatron_longvila.checkpoint.sharded import PASSENGERS, VERSION, find_damage, mark_complete, read_progress, write_text
+from megatron_longvila.checkpoint.origin import COMPLETE, IMPORTED, PASSENGERS, copy_travellers, hash_mark
+from megatron_longvila.checkpoint.sharded import VERSION, find_damage, mark_complete, read_progress, write_text
 from megatron_longvila.config import Config, LoraConfig
 from megatron_longvila.models.init import unfused_name
 from megatron_longvila.models.lora import is_adapter
@@ -34,6 +34,7 @@ MERGED_FROM = "merged_from.json"
 _MODEL = ("vision_tower.", "projector.", "language_model.")
 # What describes the state of the run and not of the weights; everything else beside the tensors goes along.
 _LEFT = (COMPLETE, MERGED_FROM, "config.yaml", "common.pt", "metadata.json", ".metadata")
+_TRAVELLERS = (PASSENGERS, IMPORTED)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def merge_lora(checkpoint: Path, output: Path) -> Merged:
     entries = _load(checkpoint, lambda name: name.startswith(_MODEL))
     state = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
     before = {name: state[name] for name in _adapted_weights(config)}
-    _merge_(state, config)
+    state |= {name: merged_weight(name, weight, state.__getitem__, config) for name, weight in before.items()}
     largest = max((state[name].float() - weight.float()).abs().max().item() for name, weight in before.items())
     entries = {name: state.get(name, entry) for name, entry in entries.items() if not is_adapter(name)}
 
@@ -81,8 +82,9 @@ def merge_lora(checkpoint: Path, output: Path) -> Merged:
     folder.mkdir(parents=True)
     _save(entries, folder, read_progress(checkpoint)["step"])
     for path in checkpoint.iterdir():
-        if path.name not in _LEFT and path.suffix != ".distcp":
+        if path.is_file() and path.name not in (*_LEFT, *_TRAVELLERS) and path.suffix != ".distcp":
             shutil.copy(path, folder)
+    copy_travellers(checkpoint, folder)
     config_io.save(_without_adapters(config), folder / "config.yaml")
     write_text(folder / MERGED_FROM, json.dumps(source) + "\n")
     mark_complete(folder)
@@ -133,14 +135,19 @@ def export_peft(checkpoint: Path, output: Path) -> list[str]:
     return sorted(tensors)
 
 
+def check_peft(checkpoint: Path) -> None:
+    """Raises ValueError for a checkpoint that `export_peft` would refuse."""
+    _check_exportable(_open(checkpoint))
+
+
 def _open(checkpoint: Path) -> Config:
     """Configuration of a complete checkpoint with adapters."""
     damage = find_damage(checkpoint)
     if damage is not None:
-        raise ValueError(f"--checkpoint {checkpoint} cannot be used: {damage}")
+        raise ValueError(f"{checkpoint} cannot be used: {damage}")
     config = config_io.load(checkpoint / "config.yaml")
     if not config.model.lora.rank:
-        raise ValueError(f"--checkpoint {checkpoint} has no adapters (model.lora.rank=0): its weights are the model; use them as they are")
+        raise ValueError(f"{checkpoint} has no adapters (model.lora.rank=0): its weights are the model; use them as they are")
     return config
 
 
@@ -170,22 +177,25 @@ def _adapted_weights(config: Config) -> list[str]:
     return [f"{prefix}.{field}.weight" for prefix in prefixes for field in sorted(fields)]
 
 
+def adapted(name: str, config: Config) -> bool:
+    """Whether the weight of this global name has adapters."""
+    return name in _adapted_weights(config)
+
+
 @torch.no_grad()
-def _merge_(state: dict[str, Tensor], config: Config) -> None:
-    """Replace every adapted weight of a full state by its sum with the adapters' product."""
-    llm, lora = config.model.llm, config.model.lora
+def merged_weight(name: str, weight: Tensor, read: Callable[[str], Tensor], config: Config) -> Tensor:
+    """A full weight plus its adapters' product, in its own dtype; `read` gives the adapters by global name."""
+    llm, lora, prefix = config.model.llm, config.model.lora, name.removesuffix("weight") + "lora"
     heads = {"q": llm.num_attention_heads, "k": llm.num_query_groups, "v": llm.num_query_groups}
-    for name in _adapted_weights(config):
-        weight, prefix = state[name], name.removesuffix("weight") + "lora"
-        products = {
-            part: state[f"{prefix}.{part}.B"].float() @ state[f"{prefix}.{part}.A"].float()
-            for part in lora.targets
-            if (part == "o") == ("linear_proj" in name)
-        }
-        if "o" not in products:
-            parts = (products.get(part, torch.zeros(count * llm.head_dim, weight.shape[1])) for part, count in heads.items())
-            products["o"] = merge_qkv(*parts, llm.num_query_groups)
-        state[name] = (weight.float() + lora.alpha / lora.rank * products["o"]).to(weight.dtype)
+    products = {
+        part: read(f"{prefix}.{part}.B").float() @ read(f"{prefix}.{part}.A").float()
+        for part in lora.targets
+        if (part == "o") == ("linear_proj" in name)
+    }
+    if "o" not in products:
+        parts = (products.get(part, torch.zeros(count * llm.head_dim, weight.shape[1])) for part, count in heads.items())
+        products["o"] = merge_qkv(*parts, llm.num_query_groups)
+    return (weight.float() + lora.alpha / lora.rank * products["o"]).to(weight.dtype)
 
 
 def _without_adapters(config: Config) -> Config:

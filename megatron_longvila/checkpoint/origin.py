@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 COMPLETE = "complete.json"
 TOKENS = "tokens.json"
+# What an imported model brings along and its export needs: tensors that do not reach the loss, its own files, and how it was spelled.
+PASSENGERS = "passengers.safetensors"
+SOURCE = "source"
+IMPORTED = "imported.json"
 
 
 def describe_origin(config: Config) -> dict[str, Any]:
@@ -94,3 +99,12 @@ def check_tokens(folder: Path, tokens: dict[str, Any]) -> list[str]:
             )
     names = ("template", "rotary_base", "rope_scaling")
     return [f"{name} was {before[name]} and is {tokens[name]} now" for name in names if before[name] != tokens[name]]
+
+
+def copy_travellers(source: Path, target: Path) -> None:
+    """Hand what an imported model brought along from one checkpoint folder to the next, unchanged."""
+    for name in (PASSENGERS, IMPORTED):
+        if (source / name).is_file():
+            shutil.copy(source / name, target)
+    if (source / SOURCE).is_dir():
+        shutil.copytree(source / SOURCE, target / SOURCE)

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step_0000010` with Megatron's `torch_dist` files, the resolved `config.yaml`, and `complete.json`, which lists
 every file with its size. It is written under a hidden name and renamed when complete: a kill at any moment leaves the previous one usable.
-`passengers.safetensors`, if an imported model had tensors that do not reach the loss, goes along from checkpoint to checkpoint unchanged.
+`passengers.safetensors` (tensors of an imported model that do not reach the loss), `imported.json` and `source/` (its own files) go along
+from checkpoint to checkpoint unchanged.
 `tokens.json` says what the token ids of the run mean.
 The files hold pickled Python objects: load only checkpoints you trust.
 """
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megatron_longvila import config_io, platform
-from megatron_longvila.checkpoint.origin import COMPLETE, TOKENS, describe_origin
+from megatron_longvila.checkpoint.origin import COMPLETE, PASSENGERS, TOKENS, copy_travellers, describe_origin
 from megatron_longvila.config import Config, LoraConfig, ModelConfig
 from megatron_longvila.models.lora import holds_adapters, is_adapter
 from megatron_longvila.parallel.groups import Groups
@@ -38,7 +39,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-PASSENGERS = "passengers.safetensors"
 _PARTS = {"vision": "vision_tower.", "projector": "projector.", "llm": "language_model."}
 _HASHED_BYTES = 16 << 20  # larger files are checked by size alone: reading all of a checkpoint again would cost minutes
 
@@ -80,7 +80,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint.keep_last={config.checkpoint.keep_last} must be at least 1: the newest checkpoint is always kept")
         self.root, self.config, self.groups, self.tokens = root, config, groups, tokens
         self.origin = describe_origin(config)
-        self._passengers = Path(config.checkpoint.load, PASSENGERS) if config.checkpoint.load else None
+        self._travellers = Path(config.checkpoint.load) if config.checkpoint.load else None
         self._pending = AsyncCallsQueue(persistent=False) if config.checkpoint.async_save else None
 
     def save(self, state: TrainingState, step: int) -> None:
@@ -165,7 +165,7 @@ class Checkpoints:
             state.totals.load_state_dict(loaded["totals"])
         if same_layout:
             platform.set_rng_state(loaded["rng"])
-        self._passengers, self.origin = folder / PASSENGERS, progress["origin"]
+        self._travellers, self.origin = folder, progress["origin"]
         if dist.get_rank() == 0:
             logger.info("resumed from %s (step %d, written on %s)", folder, progress["step"], progress["layout"])
         return progress["step"]
@@ -213,14 +213,14 @@ class Checkpoints:
             config_io.save(self.config, folder / "config.yaml")
             if self.tokens is not None:
                 write_text(folder / TOKENS, json.dumps(self.tokens, indent=1) + "\n")
-            if self._passengers is not None and self._passengers.exists():
-                shutil.copy(self._passengers, folder)
+            if self._travellers is not None:
+                copy_travellers(self._travellers, folder)
             mark_complete(folder)
             final = self.root / _name(step)
             if final.exists():  # a damaged one of the same step
                 _remove(final)
             os.rename(folder, final)
-            self._passengers = final / PASSENGERS  # the folder it came from may be removed next
+            self._travellers = final  # the folder they came from may be removed next
             write_text(self.root / "latest", final.name + "\n")
             _sync_folder(self.root)
             # A later step can only be a damaged one that the resume passed over: it must not push out a good one.

@@ -99,21 +99,27 @@ def initialize_weights(model: Module, config: Config, seed: int) -> None:
     mark_parameters(model)
     tp_group = model.language_model.tp_group
     for name, parameter in global_parameters(model):
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif "norm" in name:
-            parameter.fill_(1.0)
-        else:
-            # One 32-bit hash of both: torch's CPU generator ignores the upper half of a 64-bit seed.
-            generator = torch.Generator(device=parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            full = torch.empty(full_shape(parameter, tp_group.size()), device=parameter.device)
-            if is_adapter(name):
-                initialize_adapter_(name, full, generator)
-            else:
-                full.normal_(0.0, _standard_deviation(name, config), generator=generator)
-            if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-                full[config.model.llm.vocab_size :] = 0
-            parameter.copy_(shard_for_rank(name, full, parameter, tp_group.rank(), tp_group.size()))
+        full = initial_tensor(name, full_shape(parameter, tp_group.size()), config, seed, parameter.device)
+        parameter.copy_(shard_for_rank(name, full, parameter, tp_group.rank(), tp_group.size()))
+
+
+@torch.no_grad()
+def initial_tensor(name: str, shape: tuple[int, ...], config: Config, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """The full fp32 tensor that `initialize_weights` gives the parameter of this global name."""
+    full = torch.zeros(shape, device=device)
+    if name.endswith("bias"):
+        return full
+    if "norm" in name:
+        return full.fill_(1.0)
+    # One 32-bit hash of both: torch's CPU generator ignores the upper half of a 64-bit seed.
+    generator = torch.Generator(device=full.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    if is_adapter(name):
+        initialize_adapter_(name, full, generator)
+    else:
+        full.normal_(0.0, _standard_deviation(name, config), generator=generator)
+    if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+        full[config.model.llm.vocab_size :] = 0
+    return full
 
 
 def _standard_deviation(name: str, config: Config) -> float:
