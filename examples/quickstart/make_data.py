@@ -135,14 +135,19 @@ def draw_movie(num_frames: int, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def write_video(path: Path, frames: np.ndarray) -> None:
+def enlarge(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """uint8 [S, S, 3] to [scale * S, scale * S, 3]: every pixel becomes a square."""
+    return pixels if scale == 1 else pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def write_video(path: Path, frames: np.ndarray, scale: int = 1) -> None:
     """H.264 in mp4, 4:2:0, one frame a second, a key frame every eight."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast", "g": "8", "threads": "1"})
-        stream.width = stream.height = SIDE
+        stream.width = stream.height = scale * SIDE
         stream.pix_fmt = "yuv420p"
         for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(enlarge(pixels, scale), format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -155,20 +160,28 @@ class Picture(NamedTuple):
 
 
 class World:
-    """Writes the files of one folder from one random stream."""
+    """Writes the files of one folder from one random stream.
 
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.rng = folder, np.random.default_rng(seed)
+    Args:
+        scale: pictures and videos are written at `scale` times SIDE pixels.
+        quiet: show no bars.
+    """
+
+    def __init__(self, folder: Path, seed: int | tuple[int, ...], scale: int = 1, quiet: bool = False):
+        self.folder, self.rng, self.scale, self.quiet = folder, np.random.default_rng(seed), scale, quiet
         (folder / "media").mkdir(parents=True, exist_ok=True)
         (folder / "needles").mkdir(exist_ok=True)
+
+    def save_picture(self, path: Path, pixels: np.ndarray) -> None:
+        Image.fromarray(enlarge(pixels, self.scale)).save(path, quality=92, subsampling=0)
 
     def write_rows(self, name: str, rows: list[dict]) -> None:
         (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def write_images(self, count: int) -> list[Picture]:
-        """`count` pictures, three in four of them cards."""
+    def write_images(self, count: int, first: int = 0) -> list[Picture]:
+        """`count` pictures, three in four of them cards; their files are numbered from `first` on."""
         made = []
-        for number in tqdm(range(count), desc="pictures", unit="picture", mininterval=1):
+        for number in tqdm(range(first, first + count), desc="pictures", unit="picture", mininterval=1, disable=self.quiet):
             if self.rng.random() < 0.75:
                 card = self._any_card(str(self.rng.choice(list(COLOURS))))
                 pixels, caption, cards = draw_card(card, self.rng), f"the {card.colour} card says {card.sign} .", ["".join(card)]
@@ -176,7 +189,7 @@ class World:
                 scene = Scene.any(self.rng)
                 pixels, caption, cards = draw_scene(scene, 1, self.rng)[0], f"a {scene.colour} {scene.shape} on {scene.ground} .", []
             name = f"{number:05d}.jpg"
-            Image.fromarray(pixels).save(self.folder / "media" / name, quality=92, subsampling=0)
+            self.save_picture(self.folder / "media" / name, pixels)
             made.append(Picture(name, caption, cards))
         return made
 
@@ -188,11 +201,11 @@ class World:
             rows.append(describe(f"{name}-{number}", shown))
         return rows
 
-    def write_videos(self, name: str, count: int, most_frames: int, most_cards: int) -> list[dict]:
-        """Rows of `count` videos of 2 to `most_frames` frames (log-uniform), each with cards in it and one question per card."""
+    def write_videos(self, name: str, count: int, most_frames: int, most_cards: int, fewest: float = 1.5) -> list[dict]:
+        """Rows of `count` videos of `fewest` to `most_frames` frames (log-uniform), each with cards in it and one question per card."""
         rows = []
-        for number in tqdm(range(count), desc=f"{name} videos", unit="video", mininterval=1):
-            num_frames = round(float(np.exp(self.rng.uniform(np.log(1.5), np.log(most_frames + 0.49)))))
+        for number in tqdm(range(count), desc=f"{name} videos", unit="video", mininterval=1, disable=self.quiet):
+            num_frames = round(float(np.exp(self.rng.uniform(np.log(fewest), np.log(most_frames + 0.49)))))
             num_frames = max(2, min(num_frames, most_frames))
             frames = draw_movie(num_frames, self.rng)
             colours = self.rng.permutation(list(COLOURS))[: self.rng.integers(1, min(most_cards, num_frames) + 1)]
@@ -200,7 +213,7 @@ class World:
             for place, card in zip(self.rng.permutation(num_frames), cards, strict=False):
                 frames[place] = draw_card(card, self.rng)
             file = f"{name}-{number:04d}.mp4"
-            write_video(self.folder / "media" / file, frames)
+            write_video(self.folder / "media" / file, frames, self.scale)
             asked = [cards[i] for i in self.rng.permutation(len(cards))]
             turns = [(("" if place else "<video>\n") + question(card), answer(card)) for place, card in enumerate(asked)]
             shown = ["".join(card) for card in cards]
@@ -248,11 +261,11 @@ class World:
             others = [str(colour) for colour in self.rng.permutation(list(COLOURS)) if colour != card.colour][:3]
             files = [f"{number:03d}.png", *(f"{number:03d}-other{place}.png" for place in range(3))]
             for file, shown in zip(files, [card, *map(self._any_card, others)], strict=True):
-                Image.fromarray(draw_card(shown, self.rng)).save(self.folder / "needles" / file)
+                self.save_picture(self.folder / "needles" / file, draw_card(shown, self.rng))
             row = {"id": f"needle-{number}", "image": files[0], "distractors": files[1:], "cards": ["".join(card)]}
             rows.append(row | {"question": question(card), "answer": answer(card)})
         self.write_rows("needles/needles.jsonl", rows)
-        write_video(self.folder / "needles" / "haystack.mp4", draw_movie(haystack_frames, self.rng))
+        write_video(self.folder / "needles" / "haystack.mp4", draw_movie(haystack_frames, self.rng), self.scale)
 
     def write_text_needles(self, count: int) -> None:
         """Facts, each with one of every other kind to mislead, and a file of filler."""

@@ -86,7 +86,8 @@ def place_frames(trial: Trial, needle: Needle, haystack: Haystack, trials_per_ce
     """
     length = trial.cell.length
     start = trial.number * (haystack.num_frames // trials_per_cell if haystack.num_frames else ENDLESS_STEP)
-    frames: list[FrameKey] = list(range(start, start + length))
+    # A frame has one key however often it is shown, so that whoever keeps what was made of it finds it again.
+    frames: list[FrameKey] = [number % haystack.num_frames if haystack.num_frames else number for number in range(start, start + length)]
     needle_at = needle_place(length, trial.cell.depth)
     for place, picture in zip(distractor_places(trial, len(needle.distractors), needle_at), needle.distractors, strict=False):
         frames[place] = picture

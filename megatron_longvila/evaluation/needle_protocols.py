@@ -34,6 +34,7 @@ from megatron_longvila.parallel.plan import IGNORE_INDEX, RankPlan, RowSpec, pla
 
 EXTRA_TOKENS = 1  # greedy decoding may go on past the length of the right answer: enough to see that it does not end
 TOKENS_AT_ONCE = 1 << 20  # of rows whose visual tokens are held at a time; one row may have more
+KEPT_BYTES = 4 << 30  # of the visual tokens of haystack frames that a rank keeps: 10,000 frames of 196 tokens of 1,024 bf16
 
 Protocol = Literal["both", "teacher_forcing", "greedy"]
 
@@ -83,6 +84,30 @@ class Outcome(NamedTuple):
     greedy: tuple[int, ...] | None
 
 
+class VisualTokens:
+    """Visual tokens of frames by key. Those of haystack frames are kept, up to KEPT_BYTES in all, because the trials of a long haystack
+    share most of their frames; what came first stays, since trials read their frames in order and would push out each other's.
+
+    Args:
+        encode: `keys -> [F, tokens_per_frame, D]`; asked only for frames that are not kept.
+    """
+
+    def __init__(self, encode: Callable[[list[FrameKey]], Tensor]):
+        self._encode = encode
+        self._kept: dict[int, Tensor] = {}
+
+    def read(self, keys: Sequence[FrameKey]) -> Tensor:
+        """Visual tokens [F * tokens_per_frame, D] of at least one frame."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self._kept]
+        found: dict[FrameKey, Tensor] = dict(self._kept)
+        if missing:
+            found.update(zip(missing, self._encode(missing), strict=True))
+        for key in missing:
+            if isinstance(key, int) and len(self._kept) < KEPT_BYTES // found[key].nbytes:
+                self._kept[key] = found[key].clone()  # not a view, which would keep the tensor of all frames
+        return torch.cat([found[key] for key in keys])
+
+
 class Examiner:
     """Asks questions of one model. Methods are collective over all ranks.
 
@@ -98,6 +123,7 @@ class Examiner:
         self._model, self._groups, self._predict, self._read_frames = model, groups, predict, read_frames
         self._place = Place.of(groups, sequence_parallel=config.parallel.sequence_parallel)
         self._tokens_per_frame, self._image_size = config.model.tokens_per_frame, config.model.vision.image_size
+        self._visual = VisualTokens(self._encode_pixels)
         model.eval()
 
     def ask(self, questions: Sequence[Question], protocol: Protocol, *, tokens_per_row: int) -> list[Outcome]:
@@ -183,12 +209,17 @@ class Examiner:
             return None
         owned = self._plan(self._pack([question.encoded for question in row])).frames
         keys = [key for question in row for key in question.frames][owned.start : owned.stop]
+        return self._visual.read(keys) if keys else self._encode_pixels([]).flatten(0, 1)
+
+    def _encode_pixels(self, keys: list[FrameKey]) -> Tensor:
+        """Visual tokens [F, tokens_per_frame, D] of frames. Collective over tp."""
+        place = self._place
         shape = (len(keys), self._image_size, self._image_size, 3)
         frames = torch.from_numpy(self._read_frames(keys)) if place.decodes and keys else torch.empty(shape, dtype=torch.uint8)
         frames = frames.to(platform.device())
         if place.tp.size() > 1 and keys:
             dist.broadcast(frames, group=place.tp, group_src=0)
-        return self._model.encode_frames(frames)
+        return self._model.encode_frames(frames).unflatten(0, (len(keys), self._tokens_per_frame))
 
     def _pack(self, samples: Sequence[Encoded]) -> Row:
         numbers = tuple(range(len(samples)))

@@ -110,9 +110,9 @@ def test_frames_are_in_place():
             frames = place_frames(trial, needle, Numbers(7), 3)
             start = trial.number * (7 // 3)
             at = needle_place(10, cell.depth)
-            assert len(frames) == 10 and frames[at] == (start + at if cell.control else needle.image)
+            assert len(frames) == 10 and frames[at] == ((start + at) % 7 if cell.control else needle.image)
             others = [place for place, frame in enumerate(frames) if frame not in (needle.image, *needle.distractors)]
-            assert [frames[place] for place in others] == [start + place for place in others]
+            assert [frames[place] for place in others] == [(start + place) % 7 for place in others]
             assert {frame for frame in frames if isinstance(frame, Path)} == {
                 *needle.distractors,
                 *([] if cell.control else [needle.image]),
