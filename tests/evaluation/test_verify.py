@@ -1,0 +1,174 @@
+"""verify passes the same model in another form, and fails for every way in which conversions go wrong."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import hf_models
+import pytest
+import torch
+from imported import import_folders
+from safetensors.torch import load_file, save_file
+
+from ranks import run_ranks
+
+State = dict[str, torch.Tensor]
+ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.0.mlp"
+
+
+def change_tensors(part: str, change: Callable[[State], None]) -> Callable[[Path], None]:
+    def apply(root: Path) -> None:
+        path = root / part / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return apply
+
+
+def change_settings(part: str, **settings) -> Callable[[Path], None]:
+    def apply(root: Path) -> None:
+        path = root / part / "config.json"
+        hf_models.write_json(path, hf_models.read_json(path) | settings)
+
+    return apply
+
+
+def negate_row(name: str, row: int) -> Callable[[State], None]:
+    return lambda state: state[name][row].neg_()
+
+
+def swap(*names: str) -> Callable[[State], None]:
+    def apply(state: State) -> None:
+        first, second = (state[name].clone() for name in names)
+        state[names[0]], state[names[1]] = second, first
+
+    return apply
+
+
+def permute_for_interleaved_rotation(state: State) -> None:
+    """Rows in the order of the other rotary convention: pairs side by side instead of half against half."""
+    name = f"{ATTENTION}.q_proj.weight"
+    state[name] = state[name].unflatten(0, (4, 2, 8)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+# What is done to a VILA folder, and the first part in which it must show.
+CORRUPTIONS = {
+    "query_row": (change_tensors("llm", negate_row(f"{ATTENTION}.q_proj.weight", 5)), "text logits"),
+    "key_row": (change_tensors("llm", negate_row(f"{ATTENTION}.k_proj.weight", 30)), "text logits"),
+    "query_bias": (change_tensors("llm", negate_row(f"{ATTENTION}.q_proj.bias", 40)), "text logits"),
+    "rotary_convention": (change_tensors("llm", permute_for_interleaved_rotation), "text logits"),
+    "gate_and_up": (change_tensors("llm", swap(f"{MLP}.gate_proj.weight", f"{MLP}.up_proj.weight")), "text logits"),
+    "norms": (
+        change_tensors("llm", swap(*(f"model.layers.2.{kind}_layernorm.weight" for kind in ("input", "post_attention")))),
+        "text logits",
+    ),
+    "last_vocabulary_row": (change_tensors("llm", negate_row("lm_head.weight", hf_models.VOCAB_SIZE - 1)), "text logits"),
+    "rope_base": (change_settings("llm", rope_theta=10_000.0), "rotary angles"),
+    "rope_base_nearly_right": (change_settings("llm", rope_theta=1_000_010.0), "rotary angles"),
+    "rope_scaling": (change_settings("llm", rope_scaling={"rope_type": "linear", "factor": 4.0}), "rotary angles"),
+    "vision_query_row": (
+        change_tensors("vision_tower", negate_row("vision_model.encoder.layers.0.self_attn.q_proj.weight", 3)),
+        "vision features",
+    ),
+    "vision_position": (
+        change_tensors("vision_tower", negate_row("vision_model.embeddings.position_embedding.weight", 15)),
+        "vision features",
+    ),
+    "vision_layer": (change_settings(".", mm_vision_select_layer=-1), "vision features"),
+    "projector_bias": (change_tensors("mm_projector", negate_row("layers.4.bias", 63)), "projector output"),
+    "not_a_number": (change_tensors("llm", lambda state: state["model.norm.weight"][0].fill_(float("nan"))), "text logits"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """source: a VILA folder; checkpoint: what was imported from it; half: source in bf16."""
+    root = tmp_path_factory.mktemp("verify")
+    hf_models.save_vila(root / "source")
+    hf_models.save_vila(root / "half", dtype=torch.bfloat16)
+    run_ranks(import_folders, 1, [(root / "source", root / "checkpoint")])
+    return root
+
+
+def verify_all(rank: int, pairs: list[tuple[Path, Path]]) -> list:
+    """Reports, or the messages of what was refused."""
+    from megatron_longvila.evaluation.verify import verify
+
+    found = []
+    for a, b in pairs:
+        try:
+            found.append(verify(a, b))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_an_imported_model_is_the_same(folder):
+    (report,) = run_ranks(verify_all, 1, [(folder / "source", folder / "checkpoint")])[0]
+    assert report.passed, "\n".join(report.lines())
+    assert report.dtype == "float32" and not report.not_compared
+    parts = {"rotary angles", "text logits", "vision features", "projector output", "multimodal logits"}
+    assert {one.part for one in report.comparisons} == parts
+    assert {one.input for one in report.comparisons} == {"text", "far positions", "image", "video"}
+    assert all(one.worst_absolute <= 1e-4 and 0 < one.limit <= 3e-4 for one in report.comparisons)
+    assert report.lines()[-1] == "the same model"
+
+
+def test_every_corruption_fails_where_it_is(folder):
+    """The parts before the corrupted one pass; and none of the differences is near its limit."""
+    pairs = []
+    for name, (corrupt, _) in CORRUPTIONS.items():
+        broken = folder / name
+        shutil.copytree(folder / "source", broken)
+        corrupt(broken)
+        pairs.append((folder / "checkpoint", broken))
+    for (name, (_, part)), report in zip(CORRUPTIONS.items(), run_ranks(verify_all, 1, pairs)[0], strict=True):
+        text = f"{name}\n" + "\n".join(report.lines())
+        failed = [one for one in report.comparisons if not one.passed]
+        assert not report.passed and report.lines()[-1] == "NOT the same model", text
+        assert failed[0].part == part, text
+        assert not any(1 < one.worst_absolute / one.limit < 5 for one in failed if one.part == part), text
+
+
+def test_weights_rounded_to_another_type_pass_and_corrupted_ones_do_not(folder):
+    swapped = folder / "half_swapped"
+    shutil.copytree(folder / "half", swapped)
+    change_tensors("llm", swap(f"{MLP}.gate_proj.weight", f"{MLP}.up_proj.weight"))(swapped)
+    pairs = [(folder / "half", folder / "checkpoint"), (folder / "checkpoint", folder / "half"), (folder / "checkpoint", swapped)]
+    *same, other = run_ranks(verify_all, 1, pairs)[0]
+    for report in same:
+        assert report.passed and report.dtype == "bfloat16", "\n".join(report.lines())
+        assert max(one.worst_absolute for one in report.comparisons) > 1e-3  # more than fp32 would be allowed
+    assert not other.passed
+
+
+def test_parts_alone_are_compared_as_far_as_they_go(folder):
+    pairs = [(folder / "source" / "llm", folder / "checkpoint"), (folder / "checkpoint", folder / "source" / "vision_tower")]
+    language, vision = run_ranks(verify_all, 1, pairs)[0]
+    assert language.passed and {one.part for one in language.comparisons} == {"rotary angles", "text logits"}
+    assert set(language.not_compared) == {"vision features", "projector output", "multimodal logits"}
+    assert vision.passed and {one.part for one in vision.comparisons} == {"vision features"}
+    assert set(vision.not_compared) == {"rotary angles", "text logits", "projector output", "multimodal logits"}
+
+
+def test_what_cannot_be_compared_is_refused(folder):
+    missing, unknown, other = (folder / name for name in ("missing_tensor", "unknown_tensor", "other_size"))
+    for path in (missing, unknown):
+        shutil.copytree(folder / "source", path)
+    change_tensors("llm", lambda state: state.pop("model.norm.weight"))(missing)
+    change_tensors("mm_projector", lambda state: state.update(extra=torch.zeros(1)))(unknown)
+    hf_models.save_vila(other, projector="linear")
+    cases = {
+        (folder / "source", missing): "missing .'model.norm.weight'",
+        (folder / "source", unknown): "unexpected .'extra'",
+        (folder / "source", other): "not the same model: tokens_per_frame 4 and 16",
+        (folder / "source", folder / "nothing"): "holds neither config.yaml .* nor config.json",
+        (folder / "source" / "llm", folder / "source" / "vision_tower"): "no part in common",
+        (folder / "source" / "mm_projector", folder / "source"): "model_type='v2l_projector'",
+    }
+    for (pair, message), text in zip(cases.items(), run_ranks(verify_all, 1, list(cases))[0], strict=True):
+        assert isinstance(text, str) and re.search(message, text), (pair, text)
