@@ -1,0 +1,295 @@
+"""Distributed attention against its peers: every scheme in turn, in one process group, on the same inputs.
+
+    torchrun --nproc_per_node 4 tools/benchmark_attention.py --output tools/benchmark_results/attention_4xh200.json --lengths 32K 64K
+    torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 512K --time_limit_s 500   # again, until all is there
+    torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 32K 128K --hosts 2        # two emulated nodes
+    torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 128K --work "packed forward" "packed forward+backward"
+    python tools/benchmark_attention.py --output ... --plot                                                   # pictures from the rows
+
+Rows that OUTPUT holds are not measured again, so a run that was cut short goes on where it stopped. Peers that are not installed are left
+out, and OUTPUT's twin `*_machine.json` says which, with hardware, versions and every command. Times are medians of 5 iterations after a
+warm-up, the largest over the ranks; TFLOP/s count the causal half and backward as 2.5 forwards. `peak_memory_gib` is what a step allocates
+at most beyond its inputs and results. `fraction_of_no_communication` compares with the fastest row named `no communication ...` of the
+same run: the same kernels on the same share of heads and rows, with nothing sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform as python_platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import attention_peers as peers  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from attention_peers import Case, NotAvailable, Step  # noqa: E402
+from benchmark_plots import plot_attention  # noqa: E402
+
+from megatron_longvila import platform  # noqa: E402
+
+WORKS = ("forward", "forward+backward", "packed forward", "packed forward+backward")
+KEY = ("work", "scheme", "heads", "seq_len", "hosts", "repeat")
+LONGEST_REPLICATED, LONGEST_OF_ALL_PEERS, LONGEST_OF_MOST = 64 << 10, 128 << 10, 256 << 10
+
+
+def count(text: str) -> int:
+    """32K -> 32768, 1M -> 1048576."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return int(float(text[:-1]) * units[text[-1]]) if text[-1] in units else int(text)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--lengths", type=count, nargs="+", default=[32 << 10], help="tokens over all ranks")
+    parser.add_argument("--heads", nargs="+", default=["32/8", "28/4"], help="query/key-value heads")
+    parser.add_argument("--head_dim", type=int, default=128)
+    parser.add_argument("--work", nargs="+", default=["forward+backward"], choices=WORKS)
+    parser.add_argument("--hosts", type=int, default=1, help="2: emulate nodes, traffic between them through sockets")
+    parser.add_argument("--tiles", type=count, nargs="*", default=[], help="also run ours with these forward tiles")
+    parser.add_argument("--schemes", default="", metavar="REGEX", help="only schemes whose name matches")
+    parser.add_argument("--repeats", type=int, default=1, help="whole passes over all schemes, one after the other")
+    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--warm_up", type=int, default=None, help="default: 10 up to 64K tokens, 3 up to 128K, 1 above")
+    parser.add_argument("--shortest_document", type=count, default=1 << 10)
+    parser.add_argument("--longest_document", type=count, default=64 << 10)
+    parser.add_argument("--time_limit_s", type=float, default=float("inf"), help="start no further scheme after this")
+    parser.add_argument("--plot", action="store_true", help="draw OUTPUT and stop")
+    return parser.parse_args(argv)
+
+
+def document_lengths(total: int, shortest: int, longest: int, multiple: int) -> tuple[int, ...]:
+    """Log-uniform lengths that fill `total` tokens, each a multiple of `multiple`; always the same ones."""
+    rng, lengths = np.random.default_rng(0), []
+    while sum(lengths) < total:
+        length = int(np.exp(rng.uniform(np.log(shortest), np.log(longest)))) // multiple * multiple
+        lengths.append(max(multiple, min(length, total - sum(lengths))))
+    return tuple(lengths)
+
+
+def make_case(arguments: argparse.Namespace, work: str, heads: str, seq_len: int) -> Case:
+    num_heads, num_kv_heads = map(int, heads.split("/"))
+    multiple = 2 * dist.get_world_size()
+    if seq_len % multiple:
+        raise ValueError(f"length {seq_len} must be divisible by twice the ranks = {multiple}; choose a multiple")
+    lengths = (seq_len,)
+    if work.startswith("packed"):
+        lengths = document_lengths(seq_len, arguments.shortest_document, arguments.longest_document, multiple)
+    return Case(num_heads, num_kv_heads, arguments.head_dim, lengths, torch.float32 if platform.is_cpu() else torch.bfloat16)
+
+
+def schemes(case: Case, tiles: list[int]) -> dict[str, Callable[[], Step]]:
+    """Builder of every scheme, by name."""
+    size = dist.get_world_size()
+    found: dict[str, Callable[[], Step]] = {"no communication, one call": partial(peers.without_transfers, case, 1, "all_gather", 0)}
+    ours = {}
+    for ulysses, ring, transport in peers.our_meshes(size, case.num_kv_heads):
+        mesh = f"ulysses{ulysses}" + (f" ring{ring} {transport}" if ring > 1 else "")
+        for tile in [None, *(tile for tile in tiles if 2 * tile < max(case.lengths) or tile == 0)]:
+            name = mesh + ("" if tile is None else f" tile{tile}")
+            found[f"no communication, {name}"] = partial(peers.without_transfers, case, ring, transport, tile)
+            ours[f"mmsp {name}"] = partial(peers.ours, case, ulysses, ring, transport, tile)
+    found |= ours
+    found |= {f"TE {mode}": partial(peers.transformer_engine, case, mode) for mode in ("p2p", "all_gather", "a2a", "a2a+p2p")}
+    found["three all-to-alls"] = partial(peers.three_all_to_alls, case)
+    found["replicated"] = partial(peers.replicated, case)
+    found |= {f"ring-flash-attn {kind}": partial(peers.ring_flash_attn, case, kind) for kind in ("zigzag", "stripe", "ring")}
+    for ulysses in (divisor for divisor in range(size, 0, -1) if size % divisor == 0):
+        found[f"yunchang ulysses{ulysses} ring{size // ulysses}"] = partial(peers.yunchang_usp, case, ulysses, size // ulysses, "flash")
+    found[f"yunchang ulysses{size} cuDNN"] = partial(peers.yunchang_usp, case, size, 1, "cudnn")
+    for kernel in ("CUDNN", "FLASH"):
+        found[f"torch context_parallel {kernel}"] = partial(peers.torch_context_parallel, case, f"{kernel}_ATTENTION")
+    return found
+
+
+def is_wanted(name: str, seq_len: int, work: str) -> bool:
+    """Peers that lose by far at shorter lengths are not waited for at long ones."""
+    if name == "replicated":
+        return seq_len <= LONGEST_REPLICATED
+    if name.endswith("cuDNN"):  # yunchang's has no backward
+        return "backward" not in work and seq_len <= LONGEST_OF_ALL_PEERS
+    if re.match(r"ring-flash-attn (stripe|ring)|torch|three|yunchang .*ring1$", name):
+        return seq_len <= LONGEST_OF_ALL_PEERS
+    if re.match(r"ring-flash-attn|yunchang|TE all_gather|TE a2a\+p2p", name):
+        return seq_len <= LONGEST_OF_MOST
+    return True
+
+
+def measure(step: Step, inputs: peers.Inputs, backward: bool, iterations: int, warm_up: int) -> tuple[float, float | None]:
+    """(median milliseconds, peak GiB beyond inputs and results or None on a CPU), each the largest over the ranks."""
+    if not platform.is_cpu():
+        torch.cuda.empty_cache()  # what the scheme before left
+    for _ in range(warm_up):
+        step(inputs, backward)
+    times = []
+    for _ in range(iterations):
+        platform.synchronize()
+        dist.barrier()
+        times.append(_time_ms(step, inputs, backward))
+    peak = 0.0
+    if not platform.is_cpu():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(inputs, backward)
+        tensors = (inputs.grad_out, inputs.q, inputs.k, inputs.v) if backward else (inputs.grad_out,)
+        results = sum(x.numel() * x.element_size() for x in tensors)  # the output has the shape of its gradient
+        peak = (torch.cuda.max_memory_allocated() - before - results) / 2**30
+    worst = torch.tensor([sorted(times)[len(times) // 2], peak], dtype=torch.float64, device=platform.device())
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return worst[0].item(), None if platform.is_cpu() else worst[1].item()
+
+
+def _time_ms(step: Step, inputs: peers.Inputs, backward: bool) -> float:
+    if platform.is_cpu():
+        start = time.perf_counter()
+        step(inputs, backward)
+        return (time.perf_counter() - start) * 1e3
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step(inputs, backward)
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop)
+
+
+def machine() -> dict:
+    """Hardware and versions."""
+    versions = {"python": python_platform.python_version(), "torch": torch.__version__}
+    if not platform.is_cpu():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
+    peers_here = {"triton", "transformer_engine", "ring_flash_attn", "yunchang"}
+    versions |= {name: version for name, version in _distributions() if name in peers_here}
+    return {"device": platform.device_name(), "ranks": dist.get_world_size(), "versions": versions}
+
+
+def _distributions() -> list[tuple[str, str]]:
+    from importlib.metadata import distributions
+
+    return sorted(((found.metadata["Name"] or "").replace("-", "_"), found.version) for found in distributions())
+
+
+class Results:
+    """The rows of OUTPUT and the facts beside them; rank 0 writes, all ranks know what is there."""
+
+    def __init__(self, path: Path):
+        self.path, self.facts_path = path, path.with_name(f"{path.stem}_machine.json")
+        self.rows = json.loads(path.read_text()) if path.is_file() else []
+        here = machine()
+        self.facts = json.loads(self.facts_path.read_text()) if self.facts_path.is_file() else {**here, "commands": [], "left_out": {}}
+        if any(self.facts[name] != here[name] for name in here):
+            known = {name: self.facts[name] for name in here}
+            raise ValueError(f"{self.facts_path} is of another machine: {known}, here {here}; choose another --output")
+        ranks = "" if dist.get_world_size() == 1 else f"torchrun --nproc_per_node {dist.get_world_size()} "
+        command = ranks + shlex.join(["tools/benchmark_attention.py", *sys.argv[1:]])
+        if command not in self.facts["commands"]:
+            self.facts["commands"].append(command)
+
+    def has(self, key: dict) -> bool:
+        return any(all(row[name] == key[name] for name in KEY) for row in self.rows)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        self._compare(row)
+        self.write()
+
+    def _compare(self, row: dict) -> None:
+        """Fractions of the rows that share their case and run with `row`."""
+        same = [other for other in self.rows if all(other[name] == row[name] for name in KEY if name != "scheme")]
+        free = [other["median_ms"] for other in same if other["scheme"].startswith("no communication")]
+        for other in same if free else ():
+            other["fraction_of_no_communication"] = round(min(free) / other["median_ms"], 4)
+
+    def write(self) -> None:
+        if dist.get_rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for path, value in ((self.path, self.rows), (self.facts_path, self.facts)):
+                unfinished = path.with_suffix(".tmp")
+                unfinished.write_text(json.dumps(value, indent=1) + "\n")
+                unfinished.replace(path)
+
+
+def run_case(arguments: argparse.Namespace, results: Results, work: str, heads: str, seq_len: int, repeat: int, deadline: float) -> bool:
+    """Measure what is missing of one case; False if the time is up."""
+    case = make_case(arguments, work, heads, seq_len)
+    inputs, backward = peers.make_inputs(case), "backward" in work
+    warm_up = arguments.warm_up if arguments.warm_up is not None else 10 if seq_len <= 64 << 10 else 3 if seq_len <= 128 << 10 else 1
+    for name, build in schemes(case, arguments.tiles).items():
+        key = dict(work=work, scheme=name, heads=heads, seq_len=seq_len, hosts=arguments.hosts, repeat=repeat)
+        if not re.search(arguments.schemes, name) or not is_wanted(name, seq_len, work) or results.has(key):
+            continue
+        late = torch.tensor(time.monotonic() > deadline, device=platform.device())
+        dist.broadcast(late, 0)
+        if late:
+            return False
+        try:
+            median_ms, peak = measure(build(), inputs, backward, arguments.iterations, warm_up)
+        except Exception as error:
+            if name.startswith(("mmsp", "no communication")) and not isinstance(error, NotAvailable):
+                raise
+            absent = f"{work}, {name}, {heads}, {seq_len}, hosts {arguments.hosts}"
+            results.facts["left_out"][absent] = f"{type(error).__name__}: {error}"[:300]
+            results.write()
+            continue
+        tflops = case.flops(backward) / median_ms / 1e9
+        row = key | {
+            "median_ms": round(median_ms, 4), "tflops_per_gpu": round(tflops, 2 if tflops > 1 else 6),
+            "peak_memory_gib": None if peak is None else round(peak, 3), "fraction_of_no_communication": None,
+        }  # fmt: skip
+        results.add(row)
+        if dist.get_rank() == 0:
+            print(*row.values(), flush=True)
+    return True
+
+
+def emulate_hosts(hosts: int) -> None:
+    """Make NCCL believe that the ranks are on several hosts: traffic between those goes through loopback sockets."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if hosts < 1 or size % hosts:
+        raise ValueError(f"--hosts {hosts} must divide the number of ranks, {size}")
+    if hosts > 1:
+        os.environ |= {
+            "NCCL_HOSTID": f"node{rank // (size // hosts)}", "NCCL_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_NTHREADS": "4", "NCCL_NSOCKS_PERTHREAD": "4",
+        }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    if arguments.plot:
+        plot_attention(json.loads(arguments.output.read_text()), arguments.output)
+        return
+    deadline = time.monotonic() + arguments.time_limit_s
+    emulate_hosts(arguments.hosts)
+    if not dist.is_initialized():
+        platform.init_distributed(600)
+    results = Results(arguments.output)
+    cases = [
+        (work, heads, seq_len, repeat)
+        for seq_len in arguments.lengths
+        for work in arguments.work
+        for repeat in range(arguments.repeats)
+        for heads in arguments.heads
+    ]
+    finished = all(run_case(arguments, results, *case, deadline) for case in cases)
+    results.write()
+    if dist.get_rank() == 0:
+        print("all rows are there" if finished else "the time is up: run the same command again", flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    if dist.is_initialized():
+        platform.shutdown_distributed()
