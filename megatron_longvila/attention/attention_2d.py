@@ -33,7 +33,7 @@ def packed_attention_2d(packed_UTMH: Tensor, num_queries_per_key: int, call: Rin
     """`attention_2d` of what `kernels.pack_qkv` wrote: the buffer is sent as it is. Returns out_TNH, differentiable."""
     heads = head_counts(packed_UTMH, num_queries_per_key)
     if call.layout.ulysses_size == 1:
-        return _Attention2D.apply(call, None, *packed_UTMH[0].split((heads[0], heads[1], heads[1]), dim=1))
+        return _Attention2D.apply(call, None, *packed_UTMH.squeeze(0).split((heads[0], heads[1], heads[1]), dim=1))
     return call.kernels.unpack_heads(_Attention2D.apply(call, ulysses, packed_UTMH, *heads))
 
 

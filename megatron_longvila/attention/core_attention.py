@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_longvila.attention.attention_2d import attention_2d
+from megatron_longvila.attention.attention_2d import attention_2d, packed_attention_2d
 from megatron_longvila.attention.backends import Backend
 from megatron_longvila.attention.ring import TRANSPORTS, RingCall
 from megatron_longvila.kernels.choice import REFERENCE, Kernels
@@ -86,6 +86,13 @@ class CoreAttention(torch.nn.Module):
         layout, (num_rows, batch_size) = packed_seq_params.layout, query.shape[:2]
         assert batch_size == 1 and num_rows == layout.local_rows, (tuple(query.shape), layout)
         out = attention_2d(query.squeeze(1), key.squeeze(1), value.squeeze(1), self._call(layout), self.groups.ulysses)
+        return out.reshape(num_rows, 1, -1)
+
+    def attend_packed(self, packed_UTMH: Tensor, num_queries_per_key: int, packed_seq_params: SequenceParams) -> Tensor:
+        """`forward` of what `kernels.pack_qkv` wrote: [U, T, M, H] -> [T, 1, N*H]."""
+        layout, num_rows = packed_seq_params.layout, packed_UTMH.shape[1]
+        assert num_rows == layout.local_rows, (tuple(packed_UTMH.shape), layout)
+        out = packed_attention_2d(packed_UTMH, num_queries_per_key, self._call(layout), self.groups.ulysses)
         return out.reshape(num_rows, 1, -1)
 
     def _call(self, layout: SequenceLayout) -> RingCall:

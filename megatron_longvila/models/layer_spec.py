@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_longvila.config import LoraConfig
 from megatron_longvila.kernels.choice import Kernels
 from megatron_longvila.models.lora import adapt
+from megatron_longvila.models.self_attention import FusedSelfAttention
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
@@ -86,7 +87,8 @@ def block_spec(
     core_attention: Callable,
     mask: AttnMaskType,
     lora: LoraConfig | None = None,
-    activation: ModuleSpec | None = None,
+    kernels: Kernels | None = None,
+    fuse_attention: bool = False,
 ) -> TransformerBlockSubmodules:
     """`num_layers` equal layers and their final norm.
 
@@ -95,12 +97,16 @@ def block_spec(
         norm: class of the norms (final norm included) of `local` layers, and of the final norm of `te` layers.
         core_attention: called with the keyword arguments Megatron gives a core attention class.
         lora: adapters beside the attention's linears.
-        activation: module between the MLP's linears, instead of the function Megatron's configuration names.
+        kernels: what runs between the MLP's linears; None: the function that Megatron's configuration names.
+        fuse_attention: take these kernels also between the attention's projection and its all-to-all.
     """
     layer = te_layer(core_attention, mask) if layers == "te" else local_layer(norm, core_attention, mask)
     if lora is not None:
         adapt(layer.submodules.self_attention.submodules, lora)
-    if activation is not None:
-        layer.submodules.mlp.submodules.activation_func = activation
+    if kernels is not None:
+        layer.submodules.mlp.submodules.activation_func = ModuleSpec(module=SwiGLU, params={"kernels": kernels})
+    if fuse_attention:
+        layer.submodules.self_attention.module = FusedSelfAttention
+        layer.submodules.self_attention.params["kernels"] = kernels
     # Megatron picks its own norm class, which refuses sequence parallelism, unless the whole block is spelled out.
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -16,9 +16,9 @@ from megatron_longvila.attention.core_attention import CoreAttention, SequencePa
 from megatron_longvila.config import Config
 from megatron_longvila.kernels.choice import Kernels, get_kernels
 from megatron_longvila.mesh import pipeline_layers
-from megatron_longvila.models.layer_spec import SwiGLU, block_spec
+from megatron_longvila.models.layer_spec import block_spec
 from megatron_longvila.models.norms import RMSNorm
-from megatron_longvila.models.rope import inverse_frequencies, rotary_angles
+from megatron_longvila.models.rope import inverse_frequencies, rotary_angles, rotary_table
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
@@ -32,11 +32,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # is
 def layer_spec(config: Config, groups: Groups, backend: Backend, transport: str, kernels: Kernels) -> TransformerBlockSubmodules:
     """Layers of this rank's pipeline stage; `transport` is how the ring axis moves keys and values, `all_gather` or `p2p`."""
     norm = ModuleSpec(module=RMSNorm, params={"kernels": kernels})
-    activation = ModuleSpec(module=SwiGLU, params={"kernels": kernels}) if kernels.name == "triton" else None
     stages = pipeline_layers(config.model.llm.num_layers, groups.mesh.pp_size, config.parallel.pipeline_layers)
     core_attention = partial(CoreAttention, groups=groups, backend=backend, transport=transport, kernels=kernels)
-    num_layers = stages[groups.pp.rank()]
-    return block_spec(config.model.layers, num_layers, norm, core_attention, AttnMaskType.causal, config.model.lora, activation)
+    return block_spec(
+        config.model.layers,
+        stages[groups.pp.rank()],
+        norm,
+        core_attention,
+        AttnMaskType.causal,
+        config.model.lora,
+        kernels if kernels.name == "triton" else None,
+        fuses_attention(config, groups, kernels),
+    )
+
+
+def fuses_attention(config: Config, groups: Groups, kernels: Kernels) -> bool:
+    """Whether one kernel does bias, rotary and packing. Not where tp ranks share a key/value head, which Megatron then cuts out itself."""
+    return kernels.name == "triton" and config.model.llm.num_query_groups >= groups.mesh.tp_size
 
 
 def ring_transport(config: Config, groups: Groups) -> str:
@@ -76,6 +88,7 @@ class LanguageModel(GPTModel):
         )
         # Not a buffer: a model turned into bf16 would round its buffers, and the frequencies with them.
         self.inv_freq = inverse_frequencies(llm).to(platform.device())
+        self.rotary = rotary_table if fuses_attention(config, groups, kernels) else rotary_angles
         self.dynamic_rope = llm if llm.rope_scaling is not None and llm.rope_scaling.type == "dynamic" else None
 
     def forward(self, decoder_input: Tensor | None, positions_T: Tensor, seq_params: SequenceParams) -> Tensor:
@@ -98,7 +111,7 @@ class LanguageModel(GPTModel):
         return self.decoder(
             hidden_states=self._with_gradient(decoder_input),
             attention_mask=None,
-            rotary_pos_emb=rotary_angles(positions_T, inv_freq),
+            rotary_pos_emb=self.rotary(positions_T, inv_freq),
             packed_seq_params=seq_params,
         )
 

@@ -110,7 +110,7 @@ def rotary_table(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
         inv_freq: fp32 or fp64 [H / 2], same device.
 
     Returns:
-        fp32 [T, H]: H / 2 cosines, then H / 2 sines; each the nearest fp32 value to that of the fp64 angle.
+        fp32 [T, 1, 1, H]: H / 2 cosines, then H / 2 sines; each the nearest fp32 value to that of the fp64 angle.
     """
     angles = torch.outer(positions_T.double(), inv_freq.double())
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()[:, None, None, :]

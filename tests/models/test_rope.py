@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from megatron_longvila.config import LLMConfig, RopeScaling
-from megatron_longvila.models.rope import inverse_frequencies, rotary_angles, softmax_scale
+from megatron_longvila.models.rope import inverse_frequencies, rotary_angles, rotary_table, softmax_scale
 
 transformers = pytest.importorskip("transformers")
 
@@ -113,3 +114,13 @@ def test_rotated_queries_equal_transformers(dtype):
     # Angles below 64 differ by at most 4e-6 (fp32 product against the rounded exact one): the cosine may round to a neighbour.
     error = (got_T1NH[:, 0] - expected_BNTH[0].transpose(0, 1)).abs().max()
     assert error <= q_TNH.abs().max() * (2 * torch.finfo(dtype).eps + 1e-5)
+
+
+def test_the_table_of_the_fused_kernel_is_exact_beyond_a_million_positions():
+    """Cosine and sine of the exact angle, in fp64 from Python's own functions, to half an ulp of fp32."""
+    positions, inv_freq = torch.tensor([0, 1, 999_983, 3_000_017]), inverse_frequencies(LLMConfig(head_dim=8))
+    table = rotary_table(positions, inv_freq)
+    assert table.shape == (4, 1, 1, 8) and table.dtype == torch.float32
+    angles = [[int(position) * float(frequency) for frequency in inv_freq] for position in positions]
+    exact = torch.tensor([[*map(math.cos, row), *map(math.sin, row)] for row in angles], dtype=torch.float64)
+    assert (table[:, 0, 0].double() - exact).abs().max() <= 2**-25
