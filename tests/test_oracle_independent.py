@@ -11,18 +11,9 @@ import torch.nn.functional as F
 from test_oracle import random_state
 
 from hf_modules import hf_modules
+from megatron_longvila.evaluation.hf_reference import project
 from oracle import BATCHES, TOKENS_PER_FRAME, build, run_batch, tiny_config
 from ranks import run_ranks
-
-
-def project(features_FPD: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """mlp_downsample written from its formula: 2x2 space to channel, layer norm, linear, exact GELU, linear."""
-    num_frames, patches, width = features_FPD.shape
-    side = int(patches**0.5)
-    cells = features_FPD.reshape(num_frames, side // 2, 2, side // 2, 2, width).permute(0, 1, 3, 2, 4, 5).reshape(num_frames, -1, 4 * width)
-    hidden = F.layer_norm(cells, (4 * width,), weights["layers.1.weight"], weights["layers.1.bias"], 1e-5)
-    hidden = F.gelu(F.linear(hidden, weights["layers.2.weight"], weights["layers.2.bias"]))
-    return F.linear(hidden, weights["layers.4.weight"], weights["layers.4.bias"])
 
 
 def composed_loss(row, tower, language_model, projector_weights) -> tuple[torch.Tensor, int]:
