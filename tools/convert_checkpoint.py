@@ -205,14 +205,9 @@ def _fail(message: str) -> int:
 
 def _size(text: str) -> int:
     """Bytes of "5GB", "512MiB" or a plain number."""
-    for unit, factor in _UNITS.items():
-        if text.endswith(unit):
-            text = text.removesuffix(unit)
-            break
-    else:
-        factor = 1
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
     try:
-        size = int(float(text) * factor)
+        size = int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
     except ValueError:
         size = 0
     if size < 1:

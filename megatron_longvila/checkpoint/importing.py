@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 _TRAINED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CHUNK = 1 << 24  # elements looked at for NaN at a time
 _TABLE, _HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
 
 
@@ -240,8 +239,8 @@ def _fresh(job: ImportJob, target: str) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """In pieces: the mask of a whole vocabulary matrix would be as large as the matrix."""
-    return all(torch.isfinite(piece).all() for piece in tensor.reshape(-1).split(_CHUNK))
+    """By the extremes, which a NaN or an infinity reaches: a mask of the elements would take 30 times as long."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def _checkpoint_config(source: Source, output: Path) -> Config:

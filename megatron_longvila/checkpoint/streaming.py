@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_longvila.checkpoint.tensor_files import TensorInfo
+from megatron_longvila.checkpoint.tensor_files import PiecewiseFile, TensorInfo
 from megatron_longvila.models.init import unfused_name
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
@@ -88,7 +89,7 @@ class _StreamingStrategy(SaveShardedStrategy):
     def save(self, sharded_state_dict: Mapping[str, Any], checkpoint_dir: str | Path) -> None:
         """Write all entries, tensors as `read` gives them."""
         described, results = {}, []
-        with open(Path(checkpoint_dir, _FILE), "wb") as stream:
+        with PiecewiseFile(Path(checkpoint_dir, _FILE)) as stream, _no_checksums():
             for entry in _leaves(sharded_state_dict):
                 begin = stream.tell()
                 if isinstance(entry, ShardedObject):
@@ -101,7 +102,6 @@ class _StreamingStrategy(SaveShardedStrategy):
                     torch.save(self._tensor(entry), stream)
                 length = stream.tell() - begin
                 results.append(WriteResult(MetadataIndex(key, offset), length, _StorageInfo(_FILE, begin, length)))
-            stream.flush()
             os.fsync(stream.fileno())
         dcp.FileSystemWriter(checkpoint_dir).finish(Metadata(described), [results])
 
@@ -142,6 +142,17 @@ class _CachedReader(dcp.FileSystemReader):
 
     def read_metadata(self, *_, **__) -> Metadata:
         return self.metadata
+
+
+@contextmanager
+def _no_checksums() -> Iterator[None]:
+    """torch.save without the CRC-32 of its zip records, which takes longer than all the rest; nothing that loads them looks at it."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _describe(entry: ShardedTensor) -> TensorStorageMetadata:

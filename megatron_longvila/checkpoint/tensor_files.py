@@ -6,17 +6,19 @@ of the mapped file: its pages can be dropped by the system at any time and are n
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
 import os
 import re
 import struct
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_PIECE = 1 << 20
 _HEADER_LIMIT = 100 << 20  # safetensors' own
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".distcp")
@@ -175,8 +178,8 @@ class SafetensorsWriter:
         stem, count = name.removesuffix(".safetensors"), len(self._shards)
         self._names = [name] if count == 1 else [f"{stem}-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
         self._index_name = f"{name}.index.json"
-        self._pending = [(shard, tensor) for shard, tensors in enumerate(self._shards) for tensor in tensors]
-        self._stream: BinaryIO | None = None
+        self._pending = deque((shard, tensor) for shard, tensors in enumerate(self._shards) for tensor in tensors)
+        self._stream: PiecewiseFile | None = None
         self._open_shard = -1
 
     def __enter__(self) -> Self:
@@ -191,7 +194,7 @@ class SafetensorsWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor: the first one of `infos` that is not written yet."""
-        (shard, expected), self._pending = self._pending[0], self._pending[1:]
+        shard, expected = self._pending.popleft()
         info = self._infos[name]
         assert name == expected and tuple(tensor.shape) == info.shape and tensor.dtype == info.dtype, (name, expected, tensor.shape, info)
         if shard != self._open_shard:
@@ -211,16 +214,31 @@ class SafetensorsWriter:
             offset += info.num_bytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._stream = open(self.folder / self._names[shard], "wb")  # noqa: SIM115 (closed by _close)
+        self._stream = PiecewiseFile(self.folder / self._names[shard])
         self._open_shard = shard
         self._stream.write(struct.pack("<Q", len(text)) + text)
 
     def _close(self) -> None:
         if self._stream is not None:
-            self._stream.flush()
             os.fsync(self._stream.fileno())
             self._stream.close()
             self._stream = None
+
+
+class PiecewiseFile(io.FileIO):
+    """A new file that takes large buffers in pieces that stay in the processor's cache: twice as fast into the page cache."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "w")
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of it."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _PIECE):
+            piece = view[start : start + _PIECE]
+            while len(piece):
+                piece = piece[super().write(piece) :]
+        return len(view)
 
 
 def split_shards(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]:
