@@ -164,12 +164,14 @@ class ParallelConfig:
 
     Attributes:
         cp_size: ranks that share one sequence; `auto` is ulysses_size * ring_size.
-        ulysses_size: inner MM-SP axis (heads all-to-all); `auto` follows the rule in mesh.py.
+        ulysses_size: inner MM-SP axis (heads all-to-all); `auto` takes the cheapest mesh by the model in mesh_cost.py.
         ring_size: outer MM-SP axis (keys and values travel); `auto` is cp_size / ulysses_size.
         pipeline_layers: decoder layers of each pipeline stage; empty means as even as possible, earlier stages smaller.
         virtual_pp_size: only 1 is supported.
         ring_transport: `all_gather` or `p2p`; `auto` is all_gather while a ring group stays on one host.
         gpus_per_host: ranks of one host; `auto` reads LOCAL_WORLD_SIZE, else the world size.
+        host_gb_per_s, network_gb_per_s: 10**9 bytes per second that one GPU sends to others on its host, and across hosts; only the
+            choice of an `auto` mesh looks at them.
         timeout_s: how long any collective of any group may take before the job is taken down.
     """
 
@@ -183,6 +185,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     ring_transport: Literal["auto", "all_gather", "p2p"] = "auto"
     gpus_per_host: int | Literal["auto"] = "auto"
+    host_gb_per_s: float = 320.0
+    network_gb_per_s: float = 45.0
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = False
     timeout_s: float = 600.0

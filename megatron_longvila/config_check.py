@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_longvila.config import Config, OptimizerConfig
+from megatron_longvila.config import Config, OptimizerConfig, ParallelConfig
 from megatron_longvila.config_check_model import check_model
 from megatron_longvila.mesh import Mesh, pipeline_layers, resolve_mesh
+from megatron_longvila.mesh_cost import Row
 
 MAX_BATCH_TOKENS = 2**31 - 1  # megatron's schedules count tokens in int32
 SPEAKS_WITHIN_S = 10.0  # the first rank of a host has met the same error by then
@@ -138,12 +139,18 @@ def _mesh(config: Config, world_size: int) -> Mesh:
     gpus_per_host = world_size if parallel.gpus_per_host == "auto" else parallel.gpus_per_host
     if gpus_per_host < 1:
         raise ValueError(f"parallel.gpus_per_host={gpus_per_host} must be at least 1; `auto` takes torchrun's LOCAL_WORLD_SIZE")
+    for name in ("host_gb_per_s", "network_gb_per_s"):
+        speed = getattr(parallel, name)
+        if not speed > 0:
+            raise ValueError(f"parallel.{name}={speed} must be positive; the default is {getattr(ParallelConfig(), name)}")
     return resolve_mesh(
         parallel,
         world_size=world_size,
         num_kv_heads=llm.num_query_groups,
         num_heads=llm.num_attention_heads,
         gpus_per_host=gpus_per_host,
+        head_dim=llm.head_dim,
+        row=Row(config.data.context_length),
     )
 
 

@@ -1,4 +1,4 @@
-"""Which meshes are legal, what `auto` means, and which ranks form a group: pure integers, no torch.
+"""Which meshes are legal, what `auto` means, and which ranks form a group: plain numbers, no torch.
 
 Rank layout: tp (fastest), ulysses, ring, dp, pp (slowest); cp = ulysses (inner) x ring (outer), as in Megatron's `tp-cp-ep-dp-pp`.
 """
@@ -6,10 +6,14 @@ Rank layout: tp (fastest), ulysses, ring, dp, pp (slowest); cp = ulysses (inner)
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from dataclasses import dataclass
 
 from megatron_longvila.config import ParallelConfig
+from megatron_longvila.mesh_cost import Heads, Machine, Row, explain, rank_meshes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,20 +71,24 @@ def rank_groups(sizes: dict[str, int], *axes: str) -> list[list[int]]:
     return [[outer + offset for offset in inner] for outer in offsets([name for name in sizes if name not in axes])]
 
 
-def auto_ulysses(cp_size: int, *, tp_size: int, num_kv_heads: int, gpus_per_host: int) -> int:
-    """The largest ulysses_size that divides cp_size and the KV heads of a tp rank and stays, times tp, within one host.
+def auto_ulysses(cp_size: int, *, tp_size: int, heads: Heads, row: Row, machine: Machine) -> int:
+    """The ulysses_size that `mesh_cost` puts first; the reason is logged where there was a choice.
 
     Whole groups of query heads travel, so KV is never repeated: Qwen2-7B (4 KV heads) on cp 8 is ulysses 4 x ring 2.
     """
-    local_kv_heads = max(1, num_kv_heads // tp_size)
-    fits = [size for size in _divisors(math.gcd(cp_size, local_kv_heads)) if size * tp_size <= gpus_per_host]
-    return max(fits, default=1)
+    costs = rank_meshes(heads, row, cp_size, tp_size, machine)
+    if len(costs) > 1:
+        logger.info("mesh: %s", explain(costs, row, machine))
+    return costs[0].ulysses_size
 
 
-def resolve_mesh(parallel: ParallelConfig, *, world_size: int, num_kv_heads: int, num_heads: int, gpus_per_host: int) -> Mesh:
-    """The mesh `parallel` asks for, with `auto` filled in.
+def resolve_mesh(
+    parallel: ParallelConfig, *, world_size: int, num_kv_heads: int, num_heads: int, gpus_per_host: int, head_dim: int, row: Row
+) -> Mesh:
+    """The mesh `parallel` asks for, with `auto` filled in; `row` is what a layer's attention is expected to compute at once.
 
-    An `auto` cp_size is the product of the axes that are given (1 for those that are not): data parallel unless asked otherwise.
+    Where ulysses_size and ring_size are both `auto`, they are chosen by cost (mesh_cost.py). An `auto` cp_size is the product of the axes
+    that are given (1 for those that are not): data parallel unless asked otherwise.
     Raises ValueError with the numbers and the nearest legal meshes if the sizes do not fit each other, the heads or the world.
     """
     tp_size, pp_size = parallel.tp_size, parallel.pp_size
@@ -94,7 +102,9 @@ def resolve_mesh(parallel: ParallelConfig, *, world_size: int, num_kv_heads: int
     if ulysses_size is None:
         ulysses_size = max(1, cp_size // ring_size) if ring_size else None
     if ulysses_size is None:
-        ulysses_size = auto_ulysses(cp_size, tp_size=tp_size, num_kv_heads=num_kv_heads, gpus_per_host=gpus_per_host)
+        local = Heads(max(1, num_heads // tp_size), max(1, num_kv_heads // tp_size), head_dim)
+        machine = Machine(gpus_per_host, parallel.host_gb_per_s, parallel.network_gb_per_s)
+        ulysses_size = auto_ulysses(cp_size, tp_size=tp_size, heads=local, row=row, machine=machine)
     if ring_size is None:
         ring_size = max(1, cp_size // ulysses_size)
 

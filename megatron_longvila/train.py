@@ -54,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, train. A configuration error is one line on stderr and exit code 1."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     gpus_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    start_logging(int(os.environ.get("RANK", "0")))  # before the mesh is chosen, which says why
     try:
         config = configure(sys.argv[1:] if argv is None else argv, world_size=world_size, gpus_per_host=gpus_per_host)
         check_device(config)
     except ValueError as error:
         refuse(error, int(os.environ.get("LOCAL_RANK", "0")))
-    start_logging(int(os.environ.get("RANK", "0")))
     if config.parallel.tp_size > 1:
         # One queue to the GPU: Megatron's tensor-parallel collectives overlap with the matrix products only if they start in program order.
         # Only CUDA reads it, once, when it starts: it must be set before torch is imported.

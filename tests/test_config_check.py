@@ -265,4 +265,4 @@ def test_resolve_fills_every_auto():
     parallel = config.parallel
     assert (parallel.cp_size, parallel.ulysses_size, parallel.ring_size, parallel.gpus_per_host) == (8, 2, 4, 2)
     assert resolve(config, world_size=8, gpus_per_host=8) == config
-    assert resolve(tiny("--parallel.cp_size 8 --parallel.gpus_per_host 8"), world_size=8, gpus_per_host=2).parallel.ulysses_size == 4
+    assert resolve(tiny("--parallel.cp_size 8 --parallel.gpus_per_host 8"), world_size=8, gpus_per_host=2).parallel.ring_size == 8

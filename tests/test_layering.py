@@ -19,6 +19,7 @@ LAYERS = {
     "config_check": 1,
     "config_check_model": 1,
     "mesh": 1,
+    "mesh_cost": 1,
     "parallel": 2,
     "attention": 3,
     "models": 4,
@@ -30,7 +31,7 @@ LAYERS = {
     "train": 8,
     "doctor": 8,
 }
-CONFIGURATION = {"config", "config_io", "config_check", "config_check_model", "mesh"}
+CONFIGURATION = {"config", "config_io", "config_check", "config_check_model", "mesh", "mesh_cost"}
 ALLOWED = {("evaluation", "inference")} | {(upper, lower) for upper in CONFIGURATION for lower in CONFIGURATION}
 FORBIDDEN = {("data", "models"), ("models", "data")}
 ENTRY_POINTS = {"train", "doctor", "platform"}

@@ -10,16 +10,17 @@ import sys
 import pytest
 
 from megatron_longvila.config import ParallelConfig
-from megatron_longvila.mesh import Mesh, auto_ulysses, pipeline_layers, rank_groups, resolve_mesh
+from megatron_longvila.mesh import Mesh, pipeline_layers, rank_groups, resolve_mesh
+from megatron_longvila.mesh_cost import MARGIN, Heads, Machine, Row, attention_cost
 
+ROW = Row(128 << 10)
 HEADS = {"qwen2_7b": (28, 4), "qwen2_1.5b": (12, 2), "llama3_8b": (32, 8), "tiny": (8, 4)}
 
 
-def resolve(world_size: int, heads: tuple[int, int] = (8, 4), gpus_per_host: int = 8, **parallel) -> Mesh:
+def resolve(world_size: int, heads: tuple[int, int] = (8, 4), gpus_per_host: int = 8, row: Row = ROW, **parallel) -> Mesh:
     num_heads, num_kv_heads = heads
-    return resolve_mesh(
-        ParallelConfig(**parallel), world_size=world_size, num_heads=num_heads, num_kv_heads=num_kv_heads, gpus_per_host=gpus_per_host
-    )
+    fixed = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, gpus_per_host=gpus_per_host, head_dim=128, row=row)
+    return resolve_mesh(ParallelConfig(**parallel), world_size=world_size, **fixed)
 
 
 def test_qwen2_7b_on_one_host():
@@ -32,19 +33,23 @@ def test_auto_everything_is_data_parallel():
 
 
 @pytest.mark.parametrize("model", HEADS)
-def test_auto_is_the_largest_legal_ulysses(model):
-    """For every world up to 64, every tp and cp that divide it: legal meshes resolve, and no larger ulysses would have been legal."""
+@pytest.mark.parametrize("length", [8 << 10, 128 << 10])
+def test_auto_is_legal_and_no_legal_mesh_is_clearly_cheaper(model, length):
+    """For every world up to 64, every tp and cp that divide it."""
     num_heads, num_kv_heads = HEADS[model]
-    for world_size, host in itertools.product(range(1, 65), (1, 4, 8)):
+    for world_size, host in itertools.product((1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64), (1, 4, 8)):
         for tp_size in (size for size in (1, 2, 4, 8) if world_size % size == 0 and num_heads % size == 0):
+            heads = Heads(num_heads // tp_size, max(1, num_kv_heads // tp_size), 128)
             for cp_size in (size for size in range(1, world_size // tp_size + 1) if world_size // tp_size % size == 0):
-                mesh = resolve(world_size, HEADS[model], host, tp_size=tp_size, cp_size=cp_size)
-                local_kv_heads = max(1, num_kv_heads // tp_size)
-                assert mesh.cp_size == cp_size and local_kv_heads % mesh.ulysses_size == 0
+                mesh = resolve(world_size, HEADS[model], host, Row(length), tp_size=tp_size, cp_size=cp_size)
+                assert mesh.cp_size == cp_size and heads.num_kv_heads % mesh.ulysses_size == 0
                 assert mesh.dp_size * tp_size * cp_size == world_size
-                assert mesh.ulysses_size == 1 or mesh.ulysses_size * tp_size <= host
-                for larger in range(mesh.ulysses_size + 1, cp_size + 1):
-                    assert cp_size % larger or local_kv_heads % larger or larger * tp_size > host
+                costs = {
+                    size: attention_cost(heads, Row(length), size, cp_size // size, tp_size, Machine(host)).total_s
+                    for size in range(1, cp_size + 1)
+                    if cp_size % size == 0 and heads.num_kv_heads % size == 0 and (size == 1 or size * tp_size <= host)
+                }
+                assert costs[mesh.ulysses_size] * (1 - MARGIN) <= min(costs.values())
 
 
 def test_two_of_three_sizes_decide_the_third():
@@ -134,7 +139,17 @@ def test_no_torch():
 
 
 def test_auto_ulysses_stays_on_the_host():
-    assert auto_ulysses(8, tp_size=1, num_kv_heads=8, gpus_per_host=8) == 8
-    assert auto_ulysses(8, tp_size=2, num_kv_heads=8, gpus_per_host=8) == 4
-    assert auto_ulysses(8, tp_size=1, num_kv_heads=8, gpus_per_host=4) == 4
-    assert auto_ulysses(6, tp_size=1, num_kv_heads=4, gpus_per_host=8) == 2
+    assert resolve(8, (32, 8), 8, cp_size=8).ulysses_size == 8
+    assert resolve(16, (32, 8), 8, tp_size=2, cp_size=8).ulysses_size == 4
+    assert resolve(8, (32, 8), 4, cp_size=8).ulysses_size == 4
+    assert resolve(6, (8, 4), 8, cp_size=6).ulysses_size == 2
+
+
+def test_the_choice_is_explained(caplog):
+    with caplog.at_level("INFO", logger="megatron_longvila.mesh"):
+        resolve(8, HEADS["qwen2_7b"], cp_size=8)
+        resolve(8, HEADS["qwen2_7b"], ulysses_size=2, ring_size=2)  # nothing was chosen
+    (line,) = caplog.messages
+    assert (
+        line.startswith("mesh: chose ulysses 4 x ring 2: ") and "ulysses 2 x ring 4: " in line and "131072 tokens, 8 GPUs per host" in line
+    )

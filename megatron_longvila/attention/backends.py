@@ -177,6 +177,7 @@ class CudnnBackend(_AtenBackend):
     """
 
     name, max_head_dim, other = "cudnn", 128, "'flash' (head dims up to 256) or 'reference'"
+    forward_tile = 32768  # its forward, not its backward, slows down where the keys of a block outgrow the cache
 
     def forward(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
