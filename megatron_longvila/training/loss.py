@@ -125,10 +125,14 @@ def _logits(model, hidden_L1D: Tensor, config: Config) -> Tensor:
 def _chunk_losses(model, hidden_L1D: Tensor, labels_L: Tensor, config: Config) -> Tensor:
     """fp32 losses [L] of one chunk."""
     logits_L1V = _logits(model, hidden_L1D, config)
-    kernels = get_kernels(config.model.kernels, platform.device())
+    return cross_entropy(logits_L1V.squeeze(1), labels_L, get_kernels(config.model.kernels, platform.device()))
+
+
+def cross_entropy(logits_LV: Tensor, labels_L: Tensor, kernels: Kernels) -> Tensor:
+    """fp32 losses [L] from this tp rank's logits [L, V / tp], differentiable: Megatron's function, or ours where Triton kernels run."""
     if kernels.name == "triton":
-        return _CrossEntropy.apply(logits_L1V.squeeze(1), labels_L, parallel_state.get_tensor_model_parallel_group(), kernels)
-    return vocab_parallel_cross_entropy(logits_L1V.float(), labels_L.unsqueeze(1)).squeeze(1)
+        return _CrossEntropy.apply(logits_LV, labels_L, parallel_state.get_tensor_model_parallel_group(), kernels)
+    return vocab_parallel_cross_entropy(logits_LV.float().unsqueeze(1), labels_L.unsqueeze(1)).squeeze(1)
 
 
 class _CrossEntropy(torch.autograd.Function):

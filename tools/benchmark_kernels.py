@@ -1,0 +1,335 @@
+"""Every Triton kernel against its plain twin, the twin compiled, and what Megatron-Core and Transformer Engine have for the same work.
+
+    python tools/benchmark_kernels.py --output tools/benchmark_results/kernels_h200.json          # on a machine with a GPU
+    python tools/benchmark_kernels.py --output kernels.json --check                               # its tests first, in all dtypes
+
+Times are medians over the iterations after a warm-up, in milliseconds; `gb_per_s` counts each input read once and each result written once,
+whatever an implementation really moves, and `fraction_of_copy` compares that with a plain copy measured in the same run.
+`extra_memory_gib` is what forward and backward allocate at most beyond their inputs. Sizes default to Qwen2-7B with 32768 rows on a GPU,
+and to toys on a CPU, where Triton's interpreter runs and times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform as python_platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+from torch import Tensor  # noqa: E402
+
+from megatron_longvila import platform  # noqa: E402
+from megatron_longvila.kernels.choice import REFERENCE, Kernels, get_kernels  # noqa: E402
+from megatron_longvila.mesh import Mesh  # noqa: E402
+from megatron_longvila.parallel.groups import destroy_groups, initialize_groups  # noqa: E402
+from megatron_longvila.training.loss import cross_entropy  # noqa: E402
+
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl  # noqa: E402  # isort: skip
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy  # noqa: E402  # isort: skip
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd  # noqa: E402  # isort: skip
+
+TOY = dict(rows=24, hidden_size=48, ffn_hidden_size=40, heads="4/2", head_dim=16, vocab_size=200, loss_rows=8, ulysses_size=2)
+FULL = dict(
+    rows=32768, hidden_size=3584, ffn_hidden_size=18944, heads="28/4", head_dim=128, vocab_size=152064, loss_rows=4096, ulysses_size=4
+)
+
+
+@dataclass
+class Work:
+    """One operation at one size.
+
+    Attributes:
+        inputs: floating inputs of `function` get gradients unless listed in `constants`.
+        function: (kernels, *inputs) -> result, differentiable if `differentiable`.
+        values: how many values of the activations' dtype forward has to move, and backward.
+        peers: other implementations, (*inputs) -> result.
+    """
+
+    inputs: tuple[Tensor, ...]
+    function: Callable
+    values: tuple[int, int]
+    constants: tuple[int, ...] = ()
+    differentiable: bool = True
+    peers: dict[str, Callable] = field(default_factory=dict)
+
+
+def make_works(sizes: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Work]]:
+    """Builder of every operation, by the kernel's name."""
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    num_heads, num_kv_heads = map(int, sizes.heads.split("/"))
+    rows, head_dim, size = sizes.rows, sizes.head_dim, sizes.ulysses_size
+
+    def pack_qkv() -> Work:
+        width = (num_heads + 2 * num_kv_heads) * head_dim
+        angles = normal(rows, head_dim // 2, dtype=torch.float32)
+        table = torch.cat((angles.cos(), angles.sin()), dim=1)
+        inputs = normal(rows, width), normal(width), table
+        both = torch.cat((angles, angles), dim=1)[:, None, None]
+        return Work(
+            inputs,
+            lambda kernels, *x: kernels.pack_qkv(*x, num_kv_heads, size),
+            (2 * rows * width, 2 * rows * width),
+            constants=(2,),
+            peers={"Megatron-Core": lambda qkv, bias, _: _megatron_pack(qkv, bias, both, num_kv_heads, size)},
+        )
+
+    def unpack_heads() -> Work:
+        x = normal(size, rows, num_heads // size, head_dim)
+        return Work((x,), lambda kernels, x: kernels.unpack_heads(x), (2 * x.numel(), 2 * x.numel()))
+
+    def merge_into() -> Work:
+        out, lse = normal(rows, num_heads, head_dim, dtype=torch.float32), normal(num_heads, rows, dtype=torch.float32).t()
+        block_out, block_lse = normal(rows, num_heads, head_dim), normal(num_heads, rows, dtype=torch.float32).t()
+        per_value = 4 // out.new_empty(0, dtype=dtype).element_size()  # fp32 sums, read and written
+
+        def merge(kernels: Kernels, *x: Tensor) -> Tensor:
+            kernels.merge_into(*x)
+            return x[0]
+
+        return Work((out, lse, block_out, block_lse), merge, ((2 * per_value + 1) * out.numel(), 0), differentiable=False)
+
+    def take_rows() -> Work:
+        inputs = normal(rows, sizes.hidden_size), torch.randperm(rows, device=device)
+        return Work(inputs, lambda kernels, *x: kernels.take_rows(*x), (2 * inputs[0].numel(),) * 2)
+
+    def place_rows() -> Work:
+        index = torch.randperm(rows, device=device)[: rows * 3 // 4]
+        inputs = normal(rows, sizes.hidden_size), normal(len(index), sizes.hidden_size), index
+        # forward reads what it keeps and what it places; backward writes both gradients
+        return Work(inputs, lambda kernels, *x: kernels.place_rows(*x), (2 * inputs[0].numel(), 2 * inputs[0].numel() + inputs[1].numel()))
+
+    def rms_norm() -> Work:
+        x, weight = normal(rows, 1, sizes.hidden_size), normal(sizes.hidden_size)
+        peers = {"Transformer Engine": _te_rms_norm(weight)} if _has_te() else {}
+        return Work((x, weight), lambda kernels, *x: kernels.rms_norm(*x, 1e-6), (2 * x.numel(), 3 * x.numel()), peers=peers)
+
+    def swiglu() -> Work:
+        x = normal(rows, 1, 2 * sizes.ffn_hidden_size)
+        # Megatron's fused functions are compiled ones: tens of seconds on a CPU.
+        peers = {} if platform.is_cpu() else {"Megatron-Core fused": lambda x: bias_swiglu_impl(x, None, False, False)}
+        values = (x.numel() * 3 // 2, x.numel() * 5 // 2)
+        return Work((x,), lambda kernels, x: kernels.swiglu(x), values, peers=peers)
+
+    def cross_entropy_of_logits() -> Work:
+        logits = normal(sizes.loss_rows, sizes.vocab_size)
+        labels = torch.randint(0, sizes.vocab_size, (sizes.loss_rows,), device=device)
+
+        def losses(kernels: Kernels, logits: Tensor, labels: Tensor) -> Tensor:
+            if kernels is REFERENCE:
+                return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+            return cross_entropy(logits, labels, kernels)
+
+        group = torch.distributed.group.WORLD
+        peers = {"Megatron-Core": lambda logits, labels: cross_entropy(logits, labels, REFERENCE)}
+        if not platform.is_cpu():
+            peers["Megatron-Core fused"] = lambda logits, labels: fused_vocab_parallel_cross_entropy(
+                logits[:, None], labels[:, None], group
+            )
+        if _has_te():
+            peers["Transformer Engine"] = _te_cross_entropy
+        return Work((logits, labels), losses, (logits.numel(), 2 * logits.numel()), peers=peers)
+
+    works = (pack_qkv, unpack_heads, merge_into, take_rows, place_rows, rms_norm, swiglu)
+    return {work.__name__: work for work in works} | {"cross_entropy": cross_entropy_of_logits}
+
+
+def _megatron_pack(qkv: Tensor, bias: Tensor, angles: Tensor, num_kv_heads: int, size: int) -> Tensor:
+    """Bias, Megatron's rotary of queries and keys, one copy into the send buffer: a pass for each."""
+    x = (qkv + bias).unflatten(1, (num_kv_heads, -1, angles.shape[-1]))
+    queries, keys, values = x[:, :, :-2].flatten(1, 2), x[:, :, -2], x[:, :, -1]
+    rotated = [_apply_rotary_pos_emb_bshd(part[:, None], angles).squeeze(1) for part in (queries, keys)]
+    return torch.cat([part.unflatten(1, (size, -1)).transpose(0, 1) for part in (*rotated, values)], dim=2)
+
+
+def _has_te() -> bool:
+    return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
+def _te_rms_norm(weight: Tensor) -> Callable:
+    from transformer_engine.pytorch import RMSNorm
+
+    norm = RMSNorm(weight.shape[0], eps=1e-6, device=weight.device, dtype=weight.dtype)
+    return lambda x, weight: norm(x)  # its own weight: the gradient is computed all the same
+
+
+def _te_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    return parallel_cross_entropy(logits[:, None], labels[:, None], 0.0, False, None)
+
+
+def implementations(work: Work, compiled: bool) -> dict[str, Callable]:
+    """(*inputs) -> result, by name; ours first."""
+    triton_kernels = get_kernels("triton", platform.device())
+
+    def twin(*inputs: Tensor) -> Tensor:
+        return work.function(REFERENCE, *inputs)
+
+    found = {"triton": lambda *inputs: work.function(triton_kernels, *inputs), "plain twin": twin}
+    if compiled:
+        torch.compiler.reset()  # every twin passes through the same code here, and only so many versions of it are compiled
+        found["plain twin compiled"] = torch.compile(twin)
+    return found | work.peers
+
+
+def measure(work: Work, run: Callable, iterations: int, warm_up: int) -> dict[str, float | None]:
+    """Median milliseconds of forward and backward, and the memory they take on top."""
+    wants = [work.differentiable and x.is_floating_point() and i not in work.constants for i, x in enumerate(work.inputs)]
+    inputs = [x.detach().requires_grad_() if wanted else x for x, wanted in zip(work.inputs, wants, strict=True)]
+    leaves = [x for x, wanted in zip(inputs, wants, strict=True) if wanted]
+    result = run(*inputs)
+    grad = torch.randn_like(result)
+    del result
+    forward, backward, peak = [], [], None
+    for iteration in range(warm_up + iterations):
+        before = _reset_memory()
+        time_ms, result = _timed(lambda: run(*inputs))
+        forward.append(time_ms)
+        if work.differentiable:
+            time_ms, gradients = _timed(lambda result=result: torch.autograd.grad(result, leaves, grad, allow_unused=True))
+            backward.append(time_ms)
+            del gradients
+        del result
+        if before is not None and iteration == 0:
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    middle = [statistics.median(times[warm_up:]) if times else None for times in (forward, backward)]
+    return {"forward_ms": middle[0], "backward_ms": middle[1], "extra_memory_gib": peak}
+
+
+def _reset_memory() -> int | None:
+    if platform.is_cpu():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _timed(step: Callable) -> tuple[float, Tensor]:
+    """(milliseconds, result)."""
+    if platform.is_cpu():
+        start_s = time.perf_counter()
+        result = step()
+        return (time.perf_counter() - start_s) * 1e3, result
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = step()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop), result
+
+
+def copy_gb_per_s(num_bytes: int) -> float:
+    """What a plain copy of a large tensor reads and writes per second."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=platform.device())
+    target = torch.empty_like(source)
+    times = [_timed(lambda: target.copy_(source))[0] for _ in range(10)]
+    return 2 * num_bytes / statistics.median(times[3:]) / 1e6
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--check", action="store_true", help="run the kernels' GPU tests first, and stop if one fails")
+    parser.add_argument("--kernels", nargs="+", default=[], metavar="NAME", help="only these")
+    parser.add_argument("--dtype", default=None, choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--warm_up", type=int, default=5)
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=not platform.is_cpu(), help="time the compiled twins")
+    for name, value in (TOY if platform.is_cpu() else FULL).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    return parser.parse_args(argv)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": python_platform.python_version()}
+    for name in ("torch", "triton", "megatron-core", "transformer-engine"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def run_all(arguments: argparse.Namespace) -> list[str]:
+    """Measures one implementation after another, writing OUTPUT after each. Returns what failed, which stands in OUTPUT too."""
+    device = platform.device()
+    default = "fp32" if platform.is_cpu() else "bf16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype or default]
+    works = make_works(arguments, dtype, device)
+    if unknown := set(arguments.kernels) - set(works):
+        raise ValueError(f"--kernels {sorted(unknown)}: choose from {sorted(works)}")
+    copied = copy_gb_per_s(1 << 20 if platform.is_cpu() else 1 << 30)
+    facts = {"device": platform.device_name(), "versions": versions(), "copy_gb_per_s": copied}
+    facts |= {"command": shlex.join(["tools/benchmark_kernels.py", *sys.argv[1:]]), "rows": [], "failed": []}
+    for name in arguments.kernels or works:
+        work = works[name]()
+        for implementation, run in implementations(work, arguments.compiled).items():
+            row = {"kernel": name, "implementation": implementation, "dtype": str(dtype).removeprefix("torch.")}
+            try:
+                row |= measure(work, run, arguments.iterations, arguments.warm_up)
+            except Exception as error:  # a peer that does not run here must not cost the others' figures; it is reported at the end
+                facts["failed"].append(f"{name}, {implementation}: {type(error).__name__}: {error}")
+            else:
+                _add_speeds(row, work, dtype, copied)
+                facts["rows"].append(row)
+                print(_line(row), flush=True)
+            arguments.output.write_text(json.dumps(facts, indent=2) + "\n")
+    return facts["failed"]
+
+
+def _add_speeds(row: dict, work: Work, dtype: torch.dtype, copied: float) -> None:
+    for direction, values in zip(("forward", "backward"), work.values, strict=True):
+        if row[f"{direction}_ms"]:
+            speed = values * dtype.itemsize / row[f"{direction}_ms"] / 1e6
+            row |= {f"{direction}_gb_per_s": speed, f"{direction}_fraction_of_copy": speed / copied}
+
+
+def _line(row: dict) -> str:
+    parts = [f"{row['kernel']:14} {row['implementation']:20}"]
+    for direction in ("forward", "backward"):
+        if row[f"{direction}_ms"]:
+            parts.append(f"{direction} {row[f'{direction}_ms']:9.3f} ms {100 * row[f'{direction}_fraction_of_copy']:4.0f}% of copy")
+    return "  ".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    if arguments.check:
+        tests = [str(ROOT / "tests" / "gpu" / "test_kernels_gpu.py"), str(ROOT / "tests" / "kernels" / "test_triton.py")]
+        environment = os.environ | {"LONGVILA_GPU_TESTS": "1"}
+        code = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "", *tests], cwd=ROOT, env=environment).returncode
+        if code:
+            raise SystemExit(f"the kernels' tests failed (pytest returned {code}); nothing was timed")
+    platform.init_distributed(timeout_s=60)
+    initialize_groups(Mesh(1, 1, 1, 1, 1), timeout_s=60)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    failed = run_all(arguments)
+    destroy_groups()
+    platform.shutdown_distributed()
+    if failed:
+        raise SystemExit("\n".join(["these did not run:", *failed]))
+
+
+if __name__ == "__main__":
+    main()
