@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform as python_platform
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -35,11 +33,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from attention_peers import Case, NotAvailable, Step  # noqa: E402
 from benchmark_plots import plot_attention  # noqa: E402
+from benchmark_rows import Results, measure  # noqa: E402
 
 from megatron_longvila import platform  # noqa: E402
 
 WORKS = ("forward", "forward+backward", "packed forward", "packed forward+backward")
-KEY = ("work", "scheme", "heads", "seq_len", "hosts", "repeat")
 LONGEST_REPLICATED, LONGEST_OF_ALL_PEERS, LONGEST_OF_MOST = 64 << 10, 128 << 10, 256 << 10
 
 
@@ -126,105 +124,11 @@ def is_wanted(name: str, seq_len: int, work: str) -> bool:
     return True
 
 
-def measure(step: Step, inputs: peers.Inputs, backward: bool, iterations: int, warm_up: int) -> tuple[float, float | None]:
-    """(median milliseconds, peak GiB beyond inputs and results or None on a CPU), each the largest over the ranks."""
-    if not platform.is_cpu():
-        torch.cuda.empty_cache()  # what the scheme before left
-    for _ in range(warm_up):
-        step(inputs, backward)
-    times = []
-    for _ in range(iterations):
-        platform.synchronize()
-        dist.barrier()
-        times.append(_time_ms(step, inputs, backward))
-    peak = 0.0
-    if not platform.is_cpu():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(inputs, backward)
-        tensors = (inputs.grad_out, inputs.q, inputs.k, inputs.v) if backward else (inputs.grad_out,)
-        results = sum(x.numel() * x.element_size() for x in tensors)  # the output has the shape of its gradient
-        peak = (torch.cuda.max_memory_allocated() - before - results) / 2**30
-    worst = torch.tensor([sorted(times)[len(times) // 2], peak], dtype=torch.float64, device=platform.device())
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return worst[0].item(), None if platform.is_cpu() else worst[1].item()
-
-
-def _time_ms(step: Step, inputs: peers.Inputs, backward: bool) -> float:
-    if platform.is_cpu():
-        start = time.perf_counter()
-        step(inputs, backward)
-        return (time.perf_counter() - start) * 1e3
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    step(inputs, backward)
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop)
-
-
-def machine() -> dict:
-    """Hardware and versions."""
-    versions = {"python": python_platform.python_version(), "torch": torch.__version__}
-    if not platform.is_cpu():
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
-    peers_here = {"triton", "transformer_engine", "ring_flash_attn", "yunchang"}
-    versions |= {name: version for name, version in _distributions() if name in peers_here}
-    return {"device": platform.device_name(), "ranks": dist.get_world_size(), "versions": versions}
-
-
-def _distributions() -> list[tuple[str, str]]:
-    from importlib.metadata import distributions
-
-    return sorted(((found.metadata["Name"] or "").replace("-", "_"), found.version) for found in distributions())
-
-
-class Results:
-    """The rows of OUTPUT and the facts beside them; rank 0 writes, all ranks know what is there."""
-
-    def __init__(self, path: Path):
-        self.path, self.facts_path = path, path.with_name(f"{path.stem}_machine.json")
-        self.rows = json.loads(path.read_text()) if path.is_file() else []
-        here = machine()
-        self.facts = json.loads(self.facts_path.read_text()) if self.facts_path.is_file() else {**here, "commands": [], "left_out": {}}
-        if any(self.facts[name] != here[name] for name in here):
-            known = {name: self.facts[name] for name in here}
-            raise ValueError(f"{self.facts_path} is of another machine: {known}, here {here}; choose another --output")
-        ranks = "" if dist.get_world_size() == 1 else f"torchrun --nproc_per_node {dist.get_world_size()} "
-        command = ranks + shlex.join(["tools/benchmark_attention.py", *sys.argv[1:]])
-        if command not in self.facts["commands"]:
-            self.facts["commands"].append(command)
-
-    def has(self, key: dict) -> bool:
-        return any(all(row[name] == key[name] for name in KEY) for row in self.rows)
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-        self._compare(row)
-        self.write()
-
-    def _compare(self, row: dict) -> None:
-        """Fractions of the rows that share their case and run with `row`."""
-        same = [other for other in self.rows if all(other[name] == row[name] for name in KEY if name != "scheme")]
-        free = [other["median_ms"] for other in same if other["scheme"].startswith("no communication")]
-        for other in same if free else ():
-            other["fraction_of_no_communication"] = round(min(free) / other["median_ms"], 4)
-
-    def write(self) -> None:
-        if dist.get_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for path, value in ((self.path, self.rows), (self.facts_path, self.facts)):
-                unfinished = path.with_suffix(".tmp")
-                unfinished.write_text(json.dumps(value, indent=1) + "\n")
-                unfinished.replace(path)
-
-
 def run_case(arguments: argparse.Namespace, results: Results, work: str, heads: str, seq_len: int, repeat: int, deadline: float) -> bool:
     """Measure what is missing of one case; False if the time is up."""
     case = make_case(arguments, work, heads, seq_len)
     inputs, backward = peers.make_inputs(case), "backward" in work
+    outputs = [inputs.grad_out, *((inputs.q, inputs.k, inputs.v) if backward else ())]  # by their sizes
     warm_up = arguments.warm_up if arguments.warm_up is not None else 10 if seq_len <= 64 << 10 else 3 if seq_len <= 128 << 10 else 1
     for name, build in schemes(case, arguments.tiles).items():
         key = dict(work=work, scheme=name, heads=heads, seq_len=seq_len, hosts=arguments.hosts, repeat=repeat)
@@ -235,7 +139,7 @@ def run_case(arguments: argparse.Namespace, results: Results, work: str, heads: 
         if late:
             return False
         try:
-            median_ms, peak = measure(build(), inputs, backward, arguments.iterations, warm_up)
+            median_ms, peak = measure(partial(build(), inputs, backward), outputs, arguments.iterations, warm_up)
         except Exception as error:
             if name.startswith(("mmsp", "no communication")) and not isinstance(error, NotAvailable):
                 raise
@@ -275,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     emulate_hosts(arguments.hosts)
     if not dist.is_initialized():
         platform.init_distributed(600)
-    results = Results(arguments.output)
+    results = Results(arguments.output, "tools/benchmark_attention.py")
     cases = [
         (work, heads, seq_len, repeat)
         for seq_len in arguments.lengths
