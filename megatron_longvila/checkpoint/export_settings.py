@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_longvila.checkpoint.hf_config import ARCHITECTURES, update_llm, update_vision, write_llm, write_vision
 from megatron_longvila.checkpoint.layouts import PARTS, part_dtypes
 from megatron_longvila.checkpoint.origin import SOURCE, TOKENS
+from megatron_longvila.checkpoint.sharded import read_progress
 from megatron_longvila.checkpoint.tensor_files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -38,30 +39,29 @@ def write(job: ExportJob, folder: Path) -> list[str]:
 
 def _write_vila(job: ExportJob, folder: Path) -> list[str]:
     layout, source = job.imported.get("layout"), job.options.input / SOURCE
-    root = read_json(source / "config.json") if layout == "vila" else {}
-    llm, vision = _llm(job), _vision(job)
-    projector = {
-        "architectures": ["MultimodalProjector"],
-        "mm_projector_type": job.config.model.projector.type,
-        "model_type": "v2l_projector",
-    }
+    before: dict[str, Raw | None] = {"llm": _raw_llm(job), "vision_tower": _raw_vision(job)}
+    after = {"llm": _llm(job), "vision_tower": _vision(job)}
     if layout == "vila":
         _copy(source, folder)
-        if (folder / "mm_projector" / "config.json").exists():
-            projector = read_json(folder / "mm_projector" / "config.json")
+        raw = read_json(source / "config.json")
+        root = dict(raw)
+        for part in after:
+            if root.get(f"{part}_cfg") and isinstance(root[f"{part}_cfg"], dict):
+                root[f"{part}_cfg"] = root[f"{part}_cfg"] | _changes(before[part], after[part])
+        if "model_dtype" in root and _is_other_dtype(job, "llm"):
+            root["model_dtype"] = f"torch.{_dtype(job, 'llm')}"
+        after = {part: content for part, content in after.items() if (folder / part / "config.json").exists()}
     else:
-        _copy_tokenizer(job, folder / "llm")
-        root = _vila_root(job)
-    described = {"llm": (_raw_llm(job), llm), "vision_tower": (_raw_vision(job), vision), "mm_projector": (projector, projector)}
-    for part in PARTS:
-        before, after = described[part]
-        inner = root.get(f"{part}_cfg", {} if layout == "vila" else after)
-        if isinstance(inner, dict) and layout == "vila":
-            inner = inner | _changes(before, after) if inner else inner
-        root[f"{part}_cfg"] = inner if isinstance(inner, dict) or layout != "vila" else root[f"{part}_cfg"]
-        _write_if_other(folder / part / "config.json", before if layout == "vila" else {}, after)
-    root |= {"hidden_size": job.config.model.llm.hidden_size} if layout != "vila" else {}
-    _write_if_other(folder / "config.json", read_json(source / "config.json") if layout == "vila" else {}, root)
+        if layout == "parts":
+            _copy(source, folder)
+        else:
+            _copy_tokenizer(job, folder / "llm")
+        kind = {"architectures": ["MultimodalProjector"], "mm_projector_type": job.config.model.projector.type}
+        after["mm_projector"] = kind | {"model_type": "v2l_projector"}
+        raw, root = {}, _vila_root(job) | {f"{part}_cfg": after[part] for part in PARTS}
+    for part, content in after.items():
+        _write_if_other(folder / part / "config.json", before.get(part), content)
+    _write_if_other(folder / "config.json", raw, root)
     _write_preprocessor(job, folder / "vision_tower")
     return _notes_on_files(job)
 
@@ -97,8 +97,9 @@ def _write_llava(job: ExportJob, folder: Path) -> list[str]:
     _write_if_other(folder / "config.json", before, after)
     _write_preprocessor(job, folder)
     notes = _notes_on_files(job)
-    if (job.options.input / TOKENS).exists() and read_json(job.options.input / TOKENS).get("newline_ids"):
-        notes.append("in training a newline follows each frame and each image, which LLaVA does not add: write '<image>\\n' in prompts")
+    tokens = job.options.input / TOKENS
+    if tokens.exists() and read_progress(job.options.input)["step"] and read_json(tokens)["newline_ids"]:
+        notes.append("in training a newline followed each frame and each image, which LLaVA does not add: write '<image>\\n' in prompts")
     return notes
 
 
@@ -142,7 +143,7 @@ def _llm(job: ExportJob) -> Raw:
     now = write_llm(llm) if raw is None else update_llm(raw, llm)
     if job.imported.get("layout") == "llava" and job.options.format != "llava":
         now = {"architectures": [ARCHITECTURES[llm.architecture]]} | now
-    _set_dtype(now, job, "llm")
+    _set_dtype(now, job, "llm", is_root=job.options.format != "llava")
     return now
 
 
@@ -151,15 +152,20 @@ def _vision(job: ExportJob) -> Raw:
     now = write_vision(job.config.model.vision) if raw is None else update_vision(raw, job.config.model.vision)
     if job.imported.get("layout") == "llava" and job.options.format != "llava":
         now = {"architectures": ["SiglipVisionModel"]} | now
-    _set_dtype(now, job, "vision_tower")
+    _set_dtype(now, job, "vision_tower", is_root=job.options.format != "llava")
     return now
 
 
-def _set_dtype(raw: Raw, job: ExportJob, part: str) -> None:
-    """Say the dtype of the weights, unless it is what was imported: then the configuration said what it said."""
-    if part_dtypes(job.tensors.infos)[part] != job.imported.get("dtypes", {}).get(part):
-        keys = [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]
+def _set_dtype(raw: Raw, job: ExportJob, part: str, *, is_root: bool = True) -> None:
+    """Say the dtype of the weights, unless it is what was imported: then the configuration said what it said. Where one configuration is
+    inside another, only keys that are there change."""
+    if _is_other_dtype(job, part):
+        keys = [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"] * is_root
         raw.update(dict.fromkeys(keys, _dtype(job, part)))
+
+
+def _is_other_dtype(job: ExportJob, part: str) -> bool:
+    return part_dtypes(job.tensors.infos)[part] != job.imported.get("dtypes", {}).get(part)
 
 
 def _dtype(job: ExportJob, part: str) -> str:
@@ -243,8 +249,8 @@ def _copy_tokenizer(job: ExportJob, folder: Path) -> None:
                 shutil.copyfile(file, folder / ("tokenizer.model" if path.is_file() else file.name))
 
 
-def _write_if_other(path: Path, before: Raw, after: Raw) -> None:
-    """Write a configuration unless the copied file says it already."""
+def _write_if_other(path: Path, before: Raw | None, after: Raw) -> None:
+    """Write a configuration unless the file that was copied, `before`, says it already."""
     if not path.exists() or before != after:
         path.parent.mkdir(exist_ok=True)
         write_json(path, after)

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 _TRAINED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TEMPLATE_MARKS = {"chatml": "<|im_start|>", "llama3": "<|start_header_id|>"}
 _TABLE, _HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
 
 
@@ -245,22 +246,24 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _checkpoint_config(source: Source, output: Path) -> Config:
     """What a run needs to continue from the checkpoint, but for its data."""
-    tokenizer, template = Path("llm" if source.layout != "llava" else ""), "plain"
-    text = "".join(
-        path.read_text(encoding="utf-8", errors="replace")
-        for key, path in source.settings.items()
-        if key in (str(tokenizer / "tokenizer.json"), str(tokenizer / "tokenizer_config.json"))
-    )
-    for name, mark in (("chatml", "<|im_start|>"), ("llama3", "<|start_header_id|>")):
-        if mark in text:
-            template = name
+    tokenizer = Path("llm" if source.layout != "llava" else "")
     data = DataConfig(
         tokenizer=str(output.absolute() / SOURCE / tokenizer),
-        template=template,
+        template=_template(source, tokenizer),
         context_length=min(DataConfig.context_length, source.model.llm.max_position_embeddings),
     )
     precision = "fp32" if source.infos[_TABLE].dtype is torch.float32 else "bf16"
     return Config(model=source.model, data=data, training=TrainingConfig(precision=precision))
+
+
+def _template(source: Source, tokenizer: Path) -> str:
+    """The conversation template whose marks the source's chat template has, or else its tokenizer."""
+    files = [str(tokenizer / name) for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json")]
+    for text in (source.settings[name].read_text(encoding="utf-8") for name in files if name in source.settings):
+        for template, mark in _TEMPLATE_MARKS.items():
+            if mark in text:
+                return template
+    return "plain"
 
 
 def _write_source(job: ImportJob, folder: Path, notes: list[str]) -> None:
