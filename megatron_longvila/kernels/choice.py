@@ -43,7 +43,7 @@ def get_kernels(name: str, device: torch.device) -> Kernels:
         device: where the tensors will be.
 
     Raises:
-        ValueError: `name` is unknown, or Triton is asked for and not installed.
+        ValueError: `name` is unknown, or Triton is asked for and not installed, or asked for on a CPU outside its interpreter.
     """
     if name not in ("auto", "triton", "reference"):
         raise ValueError(f"kernels {name!r} are unknown; choose one of auto, triton, reference")
@@ -51,13 +51,17 @@ def get_kernels(name: str, device: torch.device) -> Kernels:
         return REFERENCE
     if find_spec("triton") is None:
         raise ValueError(
-            f"model.kernels={name} needs the package triton, which this Python lacks; install it or set model.kernels=reference"
+            f"model.kernels={name!r} needs the package triton, which this Python lacks; install it or set model.kernels to 'reference'"
         )
+    # Only here and below: CPU installations of torch bring no Triton.
+    import triton
+
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError("model.kernels='triton' needs a GPU and this job runs on a CPU; set model.kernels to 'auto' or 'reference'")
     return _triton_kernels()
 
 
 def _triton_kernels() -> Kernels:
-    # Only here: CPU installations of torch bring no Triton.
     from megatron_longvila.kernels import cross_entropy, merge, qkv_pack, rms_norm, rows, swiglu
 
     return Kernels(

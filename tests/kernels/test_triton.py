@@ -70,9 +70,15 @@ def test_auto_follows_the_device_and_names_are_checked():
 
 def test_asking_for_a_missing_triton_says_so(monkeypatch):
     monkeypatch.setattr("megatron_longvila.kernels.choice.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs the package triton.*model.kernels=reference"):
+    with pytest.raises(ValueError, match="needs the package triton.*model.kernels to 'reference'"):
         get_kernels("triton", CPU)
     assert get_kernels("auto", CPU) is REFERENCE
+
+
+def test_triton_on_a_cpu_is_refused_outside_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="'triton' needs a GPU.*'auto' or 'reference'"):
+        get_kernels("triton", CPU)
 
 
 def test_kernels_do_not_write_into_their_inputs():
