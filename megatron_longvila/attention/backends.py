@@ -139,10 +139,15 @@ class CpuBackend:
 
 
 class _AtenBackend:
-    """What both GPU backends share: construction checks, and the layout [1, N, T, H] (a view: only the strides change)."""
+    """What both GPU backends share: construction checks, the layout [1, N, T, H] (a view: only the strides change), and row counts.
+
+    Blocks are filled up to a multiple of `row_multiple` rows. Queries that are added have a zero gradient and so give none; keys are added
+    to causal blocks only, where no row that counts sees them.
+    """
 
     name: str
     forward_tile: int | None = None
+    row_multiple = 1
     max_head_dim: int
     other: str  # the backend to suggest
 
@@ -169,18 +174,41 @@ class _AtenBackend:
                 f"{self.max_head_dim}; set model.attention_backend to {self.other}"
             )
 
+    def forward(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Backend.forward`."""
+        num_rows = q_TNH.shape[0]
+        q_TNH, k_SKH, v_SKH = self._filled((q_TNH,), (k_SKH, v_SKH), causal)
+        out_TNH, lse_TN = self._forward(q_TNH, k_SKH, v_SKH, causal, scale)
+        return out_TNH[:num_rows], lse_TN[:num_rows]
+
+    def backward(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, *, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend.backward`."""
+        num_rows, num_keys = q_TNH.shape[0], k_SKH.shape[0]
+        by_row = grad_out_TNH, q_TNH, out_TNH, lse_TN
+        grad_out_TNH, q_TNH, out_TNH, lse_TN, k_SKH, v_SKH = self._filled(by_row, (k_SKH, v_SKH), causal)
+        dq, dk, dv = self._backward(grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal, scale)
+        return dq[:num_rows], dk[:num_keys], dv[:num_keys]
+
+    def _filled(self, by_row: tuple[Tensor, ...], by_key: tuple[Tensor, ...], causal: bool) -> list[Tensor]:
+        """The tensors with zeros behind their rows, and behind their keys where the block is causal."""
+        missing = -by_row[0].shape[0] % self.row_multiple
+        grow = (*by_row, *by_key) if causal else by_row
+        filled = [torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) for x in grow] if missing else list(grow)
+        return filled if causal else [*filled, *by_key]
+
 
 class CudnnBackend(_AtenBackend):
     """cuDNN's fused attention. 1.7x FlashAttention-2 on Hopper (600 against 345 TFLOP/s forward at 32K tokens).
 
-    cuDNN refuses a single key: such a block (a sample of one token, or one chunk of one token) is computed by the reference.
+    cuDNN refuses a single key: such a block (a sample of one token, or one chunk of one token) is computed by the reference. It plans for
+    every new shape, which costs more than a small block itself: row counts are rounded up, so that few shapes ever occur.
     """
 
     name, max_head_dim, other = "cudnn", 128, "'flash' (head dims up to 256) or 'reference'"
+    row_multiple = 256
     forward_tile = 32768  # its forward, not its backward, slows down where the keys of a block outgrow the cache
 
-    def forward(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        """See `Backend.forward`."""
+    def _forward(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         if k_SKH.shape[0] == 1:
             return reference.attention_forward(q_TNH, k_SKH, v_SKH, causal=causal, scale=scale)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -188,8 +216,7 @@ class CudnnBackend(_AtenBackend):
         )
         return _from_aten(out), lse.reshape(q_TNH.shape[1], q_TNH.shape[0]).t()
 
-    def backward(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, *, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Backend.backward`."""
+    def _backward(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         if k_SKH.shape[0] == 1:
             return reference.attention_backward(grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal=causal, scale=scale)
         unused = torch.empty((), dtype=torch.int64, device=q_TNH.device)  # random state of the dropout that is never applied
@@ -215,15 +242,13 @@ class FlashBackend(_AtenBackend):
 
     name, max_head_dim, other = "flash", 256, "'reference'"
 
-    def forward(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        """See `Backend.forward`."""
+    def _forward(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             _to_aten(q_TNH), _to_aten(k_SKH), _to_aten(v_SKH), 0.0, causal, False, scale=scale
         )
         return _from_aten(out), lse.squeeze(0).t()
 
-    def backward(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, *, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Backend.backward`."""
+    def _backward(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         unused = torch.empty(2, dtype=torch.uint64, device=q_TNH.device)  # random state of the dropout that is never applied
         grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             *(_to_aten(x) for x in (grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH)),

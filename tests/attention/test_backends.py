@@ -85,3 +85,34 @@ def test_heads_that_a_gpu_backend_cannot_do_are_refused_with_the_way_out():
     with pytest.raises(ValueError, match="head_dim=60 .*multiple of 8"):
         cudnn.check(head_dim=60, dtype=torch.bfloat16)
     cudnn.check(head_dim=128, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 37])
+@pytest.mark.parametrize("num_keys", [None, 24])
+def test_rows_that_fill_a_block_up_change_nothing(num_rows, num_keys):
+    """With the reference's products inside, in fp64; `num_keys` None is a causal block."""
+
+    class Filling(backends._AtenBackend):
+        row_multiple = 16
+        seen: list[int] = []
+
+        def _forward(self, q, k, v, causal, scale):
+            self.seen.append(q.shape[0])
+            return backends.reference.attention_forward(q, k, v, causal=causal, scale=scale)
+
+        def _backward(self, grad_out, q, k, v, out, lse, causal, scale):
+            self.seen.append(q.shape[0])
+            return backends.reference.attention_backward(grad_out, q, k, v, out, lse, causal=causal, scale=scale)
+
+    backend, twin = object.__new__(Filling), backends.get_backend("reference")
+    call = dict(causal=num_keys is None, scale=0.3)
+    generator = torch.Generator().manual_seed(0)
+    q, grad_out = torch.randn(2, num_rows, 6, 8, dtype=torch.float64, generator=generator)
+    k, v = torch.randn(2, num_keys or num_rows, 2, 8, dtype=torch.float64, generator=generator)
+    out, lse = backend.forward(q, k, v, **call)
+    expected = twin.forward(q, k, v, **call)
+    got = (out, lse, *backend.backward(grad_out, q, k, v, out, lse, **call))
+    for value, right in zip(got, (*expected, *twin.backward(grad_out, q, k, v, *expected, **call)), strict=True):
+        assert value.shape == right.shape
+        torch.testing.assert_close(value, right, rtol=1e-12, atol=1e-12)
+    assert set(backend.seen) == {-(-num_rows // 16) * 16}
