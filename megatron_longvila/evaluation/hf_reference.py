@@ -132,6 +132,10 @@ class HuggingFaceModel:
         cos, sin = decoder.rotary_emb(torch.zeros(1), torch.from_numpy(positions_T)[None])
         return torch.stack((cos[0], sin[0]), dim=1)
 
+    def embedding_table(self) -> Tensor:
+        """A row for each id."""
+        return self.language_model.get_input_embeddings().weight
+
     def weights(self) -> list[Tensor]:
         """Every parameter once, tied ones too."""
         modules = [self.llava] if self.llava is not None else [self.language_model, self.tower, self.projector]
@@ -200,7 +204,8 @@ class HuggingFaceModel:
         processor = import_transformers().AutoImageProcessor.from_pretrained(folder, local_files_only=True)
 
         def normalize(frames_FSS3: Tensor) -> Tensor:
-            return processor(list(frames_FSS3.numpy()), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+            options = dict(return_tensors="pt", input_data_format="channels_last", do_resize=False)  # the inputs have the tower's size
+            return processor(list(frames_FSS3.numpy()), **options)["pixel_values"]
 
         return normalize
 

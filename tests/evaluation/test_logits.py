@@ -36,7 +36,7 @@ FOLDERS = {
     "parts_qwen2_yarn": partial(save_parts, rope_parameters=YARN),
     "parts_llama_dynamic": partial(save_parts, architecture="llama", rope_parameters=DYNAMIC, old_rope=True),
 }
-MESHES = {"one": (1, 1, 1, 1), "tp2_sequence_parallel": (2, 1, 1, 1), "tp2": (2, 1, 1, 1), "cp4": (1, 1, 2, 2)}
+MESHES = {"one": (1, 1, 1, 1), "tp2": (2, 1, 1, 1), "cp4": (1, 1, 2, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def our_logits(rank: int, root: Path, mesh_name: str, all_inputs: dict) -> dict[
         checkpoint = root / f"{name}_checkpoint"
         config = replace(
             config_io.load(checkpoint / "config.yaml"),
-            parallel=ParallelConfig(sequence_parallel=mesh_name.endswith("sequence_parallel")),
+            parallel=ParallelConfig(),
             checkpoint=CheckpointConfig(load=str(checkpoint)),
         )
         model = load_model(config, groups)

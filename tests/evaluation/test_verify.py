@@ -49,6 +49,13 @@ def swap(*names: str) -> Callable[[State], None]:
     return apply
 
 
+def swap_rows(name: str, *rows: int) -> Callable[[State], None]:
+    def apply(state: State) -> None:
+        state[name][list(rows)] = state[name][list(rows[::-1])]
+
+    return apply
+
+
 def permute_for_interleaved_rotation(state: State) -> None:
     """Rows in the order of the other rotary convention: pairs side by side instead of half against half."""
     name = f"{ATTENTION}.q_proj.weight"
@@ -65,6 +72,10 @@ CORRUPTIONS = {
     "norms": (
         change_tensors("llm", swap(*(f"model.layers.2.{kind}_layernorm.weight" for kind in ("input", "post_attention")))),
         "text logits",
+    ),
+    "embedding_row_of_no_text": (
+        change_tensors("llm", swap_rows("model.embed_tokens.weight", 201, 202)),
+        "embedding rows",
     ),
     "last_vocabulary_row": (change_tensors("llm", negate_row("lm_head.weight", hf_models.VOCAB_SIZE - 1)), "text logits"),
     "rope_base": (change_settings("llm", rope_theta=10_000.0), "rotary angles"),
@@ -111,10 +122,10 @@ def test_an_imported_model_is_the_same(folder):
     (report,) = run_ranks(verify_all, 1, [(folder / "source", folder / "checkpoint")])[0]
     assert report.passed, "\n".join(report.lines())
     assert report.dtype == "float32" and not report.not_compared
-    parts = {"rotary angles", "text logits", "vision features", "projector output", "multimodal logits"}
+    parts = {"rotary angles", "embedding rows", "text logits", "vision features", "projector output", "multimodal logits"}
     assert {one.part for one in report.comparisons} == parts
-    assert {one.input for one in report.comparisons} == {"text", "far positions", "image", "video"}
-    assert all(one.worst_absolute <= 1e-4 and 0 < one.limit <= 3e-4 for one in report.comparisons)
+    assert {one.input for one in report.comparisons} == {"text", "far positions", "every id", "image", "video"}
+    assert all(one.worst_absolute <= 1e-4 and 0 < one.limit <= 1e-4 for one in report.comparisons)
     assert report.lines()[-1] == "the same model"
 
 
@@ -149,10 +160,10 @@ def test_weights_rounded_to_another_type_pass_and_corrupted_ones_do_not(folder):
 def test_parts_alone_are_compared_as_far_as_they_go(folder):
     pairs = [(folder / "source" / "llm", folder / "checkpoint"), (folder / "checkpoint", folder / "source" / "vision_tower")]
     language, vision = run_ranks(verify_all, 1, pairs)[0]
-    assert language.passed and {one.part for one in language.comparisons} == {"rotary angles", "text logits"}
+    assert language.passed and {one.part for one in language.comparisons} == {"rotary angles", "embedding rows", "text logits"}
     assert set(language.not_compared) == {"vision features", "projector output", "multimodal logits"}
     assert vision.passed and {one.part for one in vision.comparisons} == {"vision features"}
-    assert set(vision.not_compared) == {"rotary angles", "text logits", "projector output", "multimodal logits"}
+    assert set(vision.not_compared) == {"rotary angles", "embedding rows", "text logits", "projector output", "multimodal logits"}
 
 
 def test_what_cannot_be_compared_is_refused(folder):
