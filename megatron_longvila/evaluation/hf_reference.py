@@ -74,7 +74,7 @@ class HuggingFaceModel:
     """
 
     def __init__(self, folder: Path, *, allow_pickle: bool = False):
-        """Read a folder in VILA's or LLaVA's layout, or one of a causal language model or a SigLIP tower alone.
+        """Read a folder in VILA's or LLaVA's layout, of a causal language model or a SigLIP tower alone, or of both without a projector.
 
         Raises:
             ValueError: the folder is none of these, or does not hold all weights of its configuration.
@@ -82,7 +82,7 @@ class HuggingFaceModel:
         self.folder, self.allow_pickle = folder, allow_pickle
         self.dtypes: set[torch.dtype] = set()
         self.llava = self.language_model = self.tower = self.projector = self.normalize = None
-        settings = read_settings(folder)
+        settings = read_settings(folder) if (folder / "config.json").exists() else {}
         kind = settings.get("model_type")
         if "llm_cfg" in settings:
             self._open_vila(settings)
@@ -95,6 +95,9 @@ class HuggingFaceModel:
             self.language_model = self._load("AutoModelForCausalLM", folder)
         elif kind in ("siglip", "siglip_vision_model"):
             self._open_tower(folder, -2)
+        elif not settings and (folder / "llm").is_dir() and (folder / "vision_tower").is_dir():
+            self.language_model = self._load("AutoModelForCausalLM", folder / "llm")
+            self._open_tower(folder / "vision_tower", -2)
         else:
             raise ValueError(f"{folder} has model_type={kind!r}; known are llava, qwen2, llama, siglip and VILA's llm_cfg")
         self.sizes = self._sizes()
@@ -169,7 +172,7 @@ class HuggingFaceModel:
     def _load(self, class_name: str, folder: Path) -> torch.nn.Module:
         """A transformers model in fp32. transformers itself only warns of missing weights and goes on with random ones."""
         transformers = import_transformers()
-        self.dtypes |= stored_dtypes(folder)
+        self.dtypes |= stored_dtypes(folder, allow_pickle=self.allow_pickle)
         try:
             model, found = getattr(transformers, class_name).from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True,
@@ -187,7 +190,7 @@ class HuggingFaceModel:
 
     def _read_tensors(self, folder: Path) -> dict[str, Tensor]:
         """All tensors of a folder that transformers has no class for."""
-        self.dtypes |= stored_dtypes(folder)
+        self.dtypes |= stored_dtypes(folder, allow_pickle=self.allow_pickle)
         tensors: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             tensors |= load_file(path)
@@ -245,8 +248,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def stored_dtypes(folder: Path) -> set[torch.dtype]:
-    """Floating types in the headers of the *.safetensors files of a folder, not below it."""
+def stored_dtypes(folder: Path, *, allow_pickle: bool = False) -> set[torch.dtype]:
+    """Floating types in the headers of the *.safetensors files of a folder itself; without any, of *.bin files if they may be read."""
     names = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     found = set()
     for path in folder.glob("*.safetensors"):
@@ -255,4 +258,6 @@ def stored_dtypes(folder: Path) -> set[torch.dtype]:
                 found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-    return {names[name] for name in found & names.keys()}
+    pickles = sorted(folder.glob("*.bin")) if allow_pickle and not found else []
+    tensors = (tensor for path in pickles for tensor in torch.load(path, map_location="cpu", weights_only=True, mmap=True).values())
+    return {names[name] for name in found & names.keys()} | {tensor.dtype for tensor in tensors if tensor.is_floating_point()}

@@ -79,6 +79,8 @@ class CheckpointModel:
         saved = config_io.load(folder / "config.yaml")
         self.config: Config = replace(
             saved,
+            # What a run chose for its GPUs may not exist here, and changes no name and no shape.
+            model=replace(saved.model, layers="local", attention_backend="auto", kernels="reference"),
             parallel=ParallelConfig(),
             training=replace(saved.training, precision="fp32", recompute="none", recompute_vision=False),
             checkpoint=CheckpointConfig(load=str(folder)),
@@ -251,7 +253,7 @@ def open_side(path: Path, *, allow_pickle: bool = False) -> Side:
     """A checkpoint of this project, or a folder in Hugging Face's form. Raises ValueError if it is neither or cannot be loaded."""
     if (path / "config.yaml").is_file():
         return CheckpointModel(path)
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / "llm" / "config.json").is_file():
         return HuggingFaceModel(path, allow_pickle=allow_pickle)
     raise ValueError(f"{path} holds neither config.yaml (a checkpoint like RUN/checkpoints/step_0000100) nor config.json (Hugging Face)")
 

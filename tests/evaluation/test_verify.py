@@ -105,14 +105,14 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def verify_all(rank: int, pairs: list[tuple[Path, Path]]) -> list:
+def verify_all(rank: int, pairs: list[tuple[Path, Path]], allow_pickle: bool = False) -> list:
     """Reports, or the messages of what was refused."""
     from megatron_longvila.evaluation.verify import verify
 
     found = []
     for a, b in pairs:
         try:
-            found.append(verify(a, b))
+            found.append(verify(a, b, allow_pickle=allow_pickle))
         except ValueError as error:
             found.append(str(error))
     return found
@@ -155,6 +155,26 @@ def test_weights_rounded_to_another_type_pass_and_corrupted_ones_do_not(folder):
         assert report.passed and report.dtype == "bfloat16", "\n".join(report.lines())
         assert max(one.worst_absolute for one in report.comparisons) > 1e-3  # more than fp32 would be allowed
     assert not other.passed
+
+
+def test_pickled_weights_only_where_they_are_allowed(folder):
+    pickled = folder / "pickled"
+    shutil.copytree(folder / "source", pickled)
+    for part, name in (("llm", "pytorch_model.bin"), ("vision_tower", "pytorch_model.bin"), ("mm_projector", "model.bin")):
+        torch.save(load_file(pickled / part / "model.safetensors"), pickled / part / name)
+        (pickled / part / "model.safetensors").unlink()
+    pairs = [(folder / "checkpoint", pickled)]
+    assert run_ranks(verify_all, 1, pairs, True)[0][0].passed
+    assert "safetensors" in run_ranks(verify_all, 1, pairs)[0][0]
+
+
+def test_two_checkpoints_and_parts_without_a_projector(folder):
+    shutil.copytree(folder / "source" / "llm", folder / "parts" / "llm")
+    shutil.copytree(folder / "source" / "vision_tower", folder / "parts" / "vision_tower")
+    pairs = [(folder / "checkpoint", folder / "checkpoint"), (folder / "parts", folder / "checkpoint")]
+    same, parts = run_ranks(verify_all, 1, pairs)[0]
+    assert same.passed and all(one.worst_absolute == 0 for one in same.comparisons) and not same.not_compared
+    assert parts.passed and parts.not_compared == ("projector output", "multimodal logits")
 
 
 def test_parts_alone_are_compared_as_far_as_they_go(folder):
