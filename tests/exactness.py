@@ -49,40 +49,41 @@ def ring_on_one_device(
     Everything but the transfers is the code that trains: `ring.attend` and `ring.gradients`.
     """
     q, k, v, grad_out = tensors
-    size, kv = layout.ring_size, torch.cat((k, v), dim=1)
+    size, total = layout.ring_size, torch.float64 if q.dtype == torch.float64 else torch.float32
     out, dq = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-    dkv = torch.zeros(kv.shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=dkv.dtype, device=q.device)
+    dk, dv = (torch.zeros(x.shape, dtype=total, device=q.device) for x in (k, v))
+    lse = torch.empty(q.shape[:2], dtype=total, device=q.device)
     shares = [torch.from_numpy(share_order(layout, rank)).to(q.device) for rank in range(size)]
     for rank, rows in enumerate(shares):
         call = ring.RingCall(layout, rank, None, transport, backend, SCALE, kernels)
         own = (q, k, v) if size == 1 else (q[rows], k[rows], v[rows])
-        if size == 1:
-            sources = []
-        elif transport == "all_gather":
-            sources = [torch.arange(layout.total_rows, device=q.device)]
-        else:
-            order = [(rank - step) % size for step in range(1, size)]
-            sources = [shares[source][ring.sent_rows(layout, source, rank, q.device)] for source in order]
-        returned: list[Tensor] = []
 
-        def send_dkv(part, visit, call, returned=returned):
-            returned.append(part)
+        def source(visit, rank=rank):
+            """Rows of the pack that a transfer brings."""
+            if transport == "all_gather":
+                return torch.arange(layout.total_rows, device=q.device)
+            sender = (rank - visit.step) % size
+            return shares[sender][ring.sent_rows(layout, sender, rank, q.device)]
+
+        def send_kv(_k, _v, visits, call, source=source):
+            return iter([torch.cat((k[source(visit)][:, visit.kv_heads], v[source(visit)][:, visit.kv_heads]), dim=1) for visit in visits])
+
+        def send_dkv(part, visit, call, source=source):
+            for sums, grad in zip((dk, dv), part.chunk(2, dim=1), strict=True):
+                sums[:, visit.kv_heads].index_add_(0, source(visit), grad.to(total))
             return Arrived(None)
 
         with (
-            mock.patch.object(ring, "_send_kv", lambda k, v, call, sources=sources: iter([kv[source] for source in sources])),
+            mock.patch.object(ring, "_send_kv", send_kv),
             mock.patch.object(ring, "_send_dkv", send_dkv),
             mock.patch.object(ring, "_add_dkv", lambda *_: None),
         ):
             out[rows], lse[rows], kept = ring.attend(*own, call)
             merged = (out, lse) if size == 1 else (out[rows], lse[rows])
-            own_grad_out = grad_out if size == 1 else grad_out[rows]
-            dq[rows], dk, dv = ring.gradients(own_grad_out, (*own, *merged), kept, call)
-        dkv[rows] += torch.cat((dk, dv), dim=1)
-        for source, part in zip(sources, returned, strict=True):
-            dkv.index_add_(0, source, part.to(dkv.dtype))
-    return [out, dq, *dkv.to(q.dtype).chunk(2, dim=1), lse]
+            dq[rows], own_dk, own_dv = ring.gradients(grad_out if size == 1 else grad_out[rows], (*own, *merged), kept, call)
+        dk[rows] += own_dk
+        dv[rows] += own_dv
+    return [out, dq, dk.to(q.dtype), dv.to(q.dtype), lse]
 
 
 def sampled_rows(num_rows: int, count: int = 64) -> list[int]:

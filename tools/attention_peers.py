@@ -147,12 +147,15 @@ def without_transfers(case: Case, ring_size: int, transport: str, tile: int | No
         return torch.randn(num_rows, num_heads, case.head_dim, generator=generator, dtype=case.dtype, device=platform.device())
 
     q, k, v, grad_out = (random(layout.share_rows, n) for n in (heads[0], heads[1], heads[1], heads[0]))
-    counts = [layout.total_rows] if transport == "all_gather" else [layout.share_rows] * (ring_size - 1)
-    arrived = [random(count, 2 * heads[1]) for count in counts] if ring_size > 1 else []
+    arrived = []
+    for visit in ring.planned_visits(layout, rank, transport, heads[1]):
+        sender = (rank - visit.step) % ring_size
+        num_rows = layout.total_rows if transport == "all_gather" else ring.num_sent(layout, sender, rank)
+        arrived.append(random(num_rows, 2 * (visit.kv_heads.stop - visit.kv_heads.start)))
 
     def step(inputs: Inputs, backward: bool) -> list[Tensor]:
         with (
-            mock.patch.object(ring, "_send_kv", lambda k, v, call: iter(arrived)),
+            mock.patch.object(ring, "_send_kv", lambda k, v, visits, call: iter(arrived)),
             mock.patch.object(ring, "_send_dkv", lambda dkv, visit, call: _Here(dkv)),
             mock.patch.object(ring, "_add_dkv", lambda *_: None),
         ):

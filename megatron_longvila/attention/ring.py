@@ -8,7 +8,8 @@ Blocks are merged by their LSE. Backward runs over the same blocks with the merg
 
 Keys and values of the other ranks travel while the own rows are computed, and what was received is kept for backward: only gradients
 travel there, and they do so while the own rows are computed. No key gets gradients from two blocks of one rank, so the parts of dK and dV
-are sent in the dtype the kernel wrote, without loss, and added in fp32 by the rank that owns the rows.
+are sent in the dtype the kernel wrote, without loss, and added in fp32 by the rank that owns the rows. Between hosts, groups of heads
+travel one after the other, so that the first are computed with, and their gradients return, while the others are still on their way.
 Source: zigzag ring attention (ring-flash-attention) and Llama 3's all-gather of keys and values (arXiv 2407.21783, section 3.3.2).
 
 Shapes: R ranks, S rows of a share, N query heads, K key/value heads, H head dim; KV is [S, 2K, H], keys before values.
@@ -16,6 +17,8 @@ Shapes: R ranks, S rows of a share, N query heads, K key/value heads, H head dim
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +35,7 @@ from megatron_longvila.parallel.collectives import PendingRows, ring_send_recv, 
 from megatron_longvila.parallel.plan import SequenceLayout, share_order
 
 TRANSPORTS = ("all_gather", "p2p")
+HEAD_GROUPS = 4  # of one rank's keys and values with `p2p`, if there are as many key/value heads
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,11 @@ def sent_rows(layout: SequenceLayout, source: int, reader: int, device: torch.de
     return slice(0, len(rows[0])) if len(rows) == 1 else torch.from_numpy(np.concatenate(rows)).to(device)
 
 
+def num_sent(layout: SequenceLayout, source: int, reader: int) -> int:
+    """How many rows `sent_rows` names."""
+    return layout.share_rows if source > reader else layout.share_rows // 2
+
+
 def _samples(layout: SequenceLayout) -> Iterator[tuple[slice, int]]:
     """Each sample's rows in a share, and its chunk length."""
     start = 0
@@ -155,18 +164,19 @@ def attend(q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, call: RingCall) -> tuple
     """Causal attention within each sample over the whole ring; rows laid out as `call.layout` says. Not differentiable: see `gradients`.
 
     Every rank of the ring must call it with its own share. Collectives: none for R = 1, one gather with `all_gather`, R-1 exchanges between
-    pairs with `p2p`.
+    pairs for each group of heads with `p2p`.
 
     Returns:
         (out_SNH, lse_SN, the keys and values received from other ranks, which `gradients` wants back).
     """
     assert q_SNH.shape[0] == call.layout.share_rows, (tuple(q_SNH.shape), call.layout)
-    tile = call.backend.forward_tile
-    arriving = _send_kv(k_SKH, v_SKH, call)
+    visits = planned_visits(call.layout, call.rank, call.transport, k_SKH.shape[1], call.backend.forward_tile)
+    arriving = _send_kv(k_SKH, v_SKH, visits, call)
     running = _Softmax(q_SNH, k_SKH, v_SKH, call)  # while keys and values travel
     kept = []
-    for kv, blocks in zip(arriving, _visits(call, tile), strict=True):
-        running.add(blocks, kv)
+    for kv, visit in zip(arriving, visits, strict=True):
+        for block in visit.blocks:
+            running.add(block, *kv[block.k].chunk(2, dim=1), visit.query_heads(q_SNH, k_SKH))
         kept.append(kv)
     return *running.result(), kept
 
@@ -180,7 +190,7 @@ def gradients(
         saved: (q, k, v, out, lse) of the forward call; kept: what it received.
         into: where to write the result; new tensors by default.
 
-    Collectives: none for R = 1, one all-to-all with `all_gather`, R-1 exchanges between pairs with `p2p`.
+    Collectives: none for R = 1, one all-to-all with `all_gather`, R-1 exchanges between pairs for each group of heads with `p2p`.
 
     Returns:
         (dq_SNH, dk_SKH, dv_SKH) in the dtype of q.
@@ -188,81 +198,95 @@ def gradients(
     q, k, v = saved[:3]
     if call.layout.ring_size == 1:
         return _own_gradients(grad_out, saved, call, into)
+    visits = planned_visits(call.layout, call.rank, call.transport, k.shape[1])
     dq_parts, returning = [], []
-    for visit, (kv, blocks) in enumerate(zip(kept, _visits(call), strict=True)):
+    for kv, visit in zip(kept, visits, strict=True):
         dkv = kv.new_zeros(kv.shape) if call.transport == "all_gather" else torch.empty_like(kv)  # a gathered row may go unseen
-        for block in blocks:
-            dq, *dkv_block = _block_gradients(grad_out, saved, block, kv[block.k].chunk(2, dim=1), call)
+        heads = visit.query_heads(q, k)
+        for block in visit.blocks:
+            dq, *dkv_block = _block_gradients(grad_out, saved, block, kv[block.k].chunk(2, dim=1), call, heads)
             for part, grad in zip(dkv[block.k].chunk(2, dim=1), dkv_block, strict=True):
                 part.copy_(grad)
-            dq_parts.append((block.q, dq))
+            dq_parts.append((block.q, heads, dq))
         returning.append(_send_dkv(dkv, visit, call))
-    dq, dk, dv = _own_gradients(grad_out, saved, call, None)  # while gradients travel
-    dtype = accumulation_dtype(q.dtype)
-    dq_sum, dkv_sum = dq.to(dtype), torch.cat((dk, dv), dim=1).to(dtype)
-    for rows, part in dq_parts:
-        dq_sum[rows] += part
-    for visit, pending in enumerate(returning):
-        _add_dkv(dkv_sum, pending.wait(), visit, call)
-    results = (dq_sum, *dkv_sum.chunk(2, dim=1))
+    dq, dk, dv = (x.to(accumulation_dtype(q.dtype)) for x in _own_gradients(grad_out, saved, call, None))  # while gradients travel
+    for rows, heads, part in dq_parts:
+        dq[rows, heads] += part
+    for visit, pending in zip(visits, returning, strict=True):
+        _add_dkv((dk[:, visit.kv_heads], dv[:, visit.kv_heads]), pending.wait(), visit, call)
     into = into or tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return tuple(target.copy_(result) for target, result in zip(into, results, strict=True))
+    return tuple(target.copy_(result) for target, result in zip(into, (dq, dk, dv), strict=True))
 
 
-def _visits(call: RingCall, tile: int | None = None) -> list[tuple[Block, ...]]:
-    """Blocks against each buffer that arrives, in the order of arrival."""
-    layout, rank, size = call.layout, call.rank, call.layout.ring_size
-    if size == 1:
-        return []
-    if call.transport == "all_gather":
-        return [gathered_blocks(layout, rank, tile)]
-    return [visiting_blocks(layout, rank, (rank - step) % size, tile) for step in range(1, size)]
+@dataclass(frozen=True, eq=False)
+class Visit:
+    """Keys and values that arrive in one transfer: the key/value heads, the blocks they are in, and from how many ranks back they came."""
+
+    kv_heads: slice
+    blocks: tuple[Block, ...]
+    step: int
+    tag: int
+
+    def query_heads(self, q: Tensor, k: Tensor) -> slice:
+        """The query heads that look at these key/value heads."""
+        group = q.shape[1] // k.shape[1]
+        return slice(self.kv_heads.start * group, self.kv_heads.stop * group)
 
 
-def _send_kv(k: Tensor, v: Tensor, call: RingCall) -> Iterator[Tensor]:
+@lru_cache(maxsize=64)
+def planned_visits(layout: SequenceLayout, rank: int, transport: str, num_kv_heads: int, tile: int | None = None) -> tuple[Visit, ...]:
+    """Every transfer to one rank, in the order of arrival."""
+    if layout.ring_size == 1:
+        return ()
+    if transport == "all_gather":
+        return (Visit(slice(0, num_kv_heads), gathered_blocks(layout, rank, tile), 0, 0),)
+    groups = math.gcd(num_kv_heads, HEAD_GROUPS)
+    width = num_kv_heads // groups
+    return tuple(
+        Visit(slice(start, start + width), visiting_blocks(layout, rank, (rank - step) % layout.ring_size, tile), step, tag)
+        for tag, (step, start) in enumerate(itertools.product(range(1, layout.ring_size), range(0, num_kv_heads, width)))
+    )
+
+
+def _send_kv(k: Tensor, v: Tensor, visits: tuple[Visit, ...], call: RingCall) -> Iterator[Tensor]:
     """Begin to exchange keys and values; yields each buffer when the caller asks for it, not before it is there."""
     layout, rank, size = call.layout, call.rank, call.layout.ring_size
-    if size == 1:
-        return iter(())
-    kv = torch.cat((k, v), dim=1)
-    if call.transport == "all_gather":
-        gathering = start_gather_rows(kv, call.group)
-        return (pending.wait().index_select(0, gathered_row(layout, kv.device)) for pending in [gathering])
     pending = []
-    for step in range(1, size):
-        to, source = (rank + step) % size, (rank - step) % size
-        sent = kv[sent_rows(layout, rank, to, kv.device)]
-        num_rows = _num_sent(layout, source, rank)
-        pending.append(ring_send_recv(sent, call.group, step=step, recv_rows=num_rows, tag=step))
+    for visit in visits:
+        kv = torch.cat((k[:, visit.kv_heads], v[:, visit.kv_heads]), dim=1)
+        if call.transport == "all_gather":
+            pending.append(start_gather_rows(kv, call.group))
+            continue
+        sent = kv[sent_rows(layout, rank, (rank + visit.step) % size, kv.device)]
+        num_rows = num_sent(layout, (rank - visit.step) % size, rank)
+        pending.append(ring_send_recv(sent, call.group, step=visit.step, recv_rows=num_rows, tag=visit.tag))
+    if call.transport == "all_gather":
+        return (gathered.wait().index_select(0, gathered_row(layout, k.device)) for gathered in pending)
     return (exchange.wait() for exchange in pending)
 
 
-def _send_dkv(dkv: Tensor, visit: int, call: RingCall) -> PendingRows:
+def _send_dkv(dkv: Tensor, visit: Visit, call: RingCall) -> PendingRows:
     """Begin to send the gradients of a received buffer to the ranks it came from, and to receive those of the own rows."""
     layout, rank, size = call.layout, call.rank, call.layout.ring_size
     if call.transport == "all_gather":
         by_rank = dkv.index_select(0, pack_row(layout, dkv.device)).unflatten(0, (size, layout.share_rows))
         return start_exchange_blocks(by_rank, call.group)
-    step = visit + 1
-    num_rows = _num_sent(layout, rank, (rank + step) % size)
-    return ring_send_recv(dkv, call.group, step=-step, recv_rows=num_rows, tag=size + step)
+    num_rows = num_sent(layout, rank, (rank + visit.step) % size)
+    return ring_send_recv(dkv, call.group, step=-visit.step, recv_rows=num_rows, tag=visit.tag)
 
 
-def _add_dkv(dkv_sum: Tensor, received: Tensor, visit: int, call: RingCall) -> None:
+def _add_dkv(sums: tuple[Tensor, Tensor], received: Tensor, visit: Visit, call: RingCall) -> None:
     """Add what other ranks' queries gave to the own keys and values."""
+    layout, rank = call.layout, call.rank
     if call.transport == "all_gather":
-        dkv_sum += received.sum(0, dtype=dkv_sum.dtype)
-        return
-    reader = (call.rank + visit + 1) % call.layout.ring_size
-    rows = sent_rows(call.layout, call.rank, reader, received.device)
-    if isinstance(rows, slice):
-        dkv_sum[rows] += received
+        received, rows = received.sum(0, dtype=sums[0].dtype), slice(0, layout.share_rows)
     else:
-        dkv_sum.index_add_(0, rows, received.to(dkv_sum.dtype))
-
-
-def _num_sent(layout: SequenceLayout, source: int, reader: int) -> int:
-    return layout.share_rows if source > reader else layout.share_rows // 2
+        rows = sent_rows(layout, rank, (rank + visit.step) % layout.ring_size, received.device)
+    for total, part in zip(sums, received.chunk(2, dim=1), strict=True):
+        if isinstance(rows, slice):
+            total[rows] += part
+        else:
+            total.index_add_(0, rows, part.to(total.dtype))
 
 
 class _Softmax:
@@ -284,27 +308,25 @@ class _Softmax:
             keys = k[block.k], v[block.k]
             self.out[block.q], self.lse[block.q] = call.backend.forward(q[block.q], *keys, causal=True, scale=call.scale)
         for block in rectangles:
-            self._add(block, k[block.k], v[block.k])
+            self.add(block, k[block.k], v[block.k], slice(0, q.shape[1]))
 
-    def add(self, blocks: tuple[Block, ...], kv: Tensor) -> None:
-        """Fold in rectangles of keys and values that came from other ranks."""
-        for block in blocks:
-            self._add(block, *kv[block.k].chunk(2, dim=1))
-
-    def _add(self, block: Block, k: Tensor, v: Tensor) -> None:
-        out, lse = self.call.backend.forward(self.q[block.q], k, v, causal=False, scale=self.call.scale)
-        self.call.kernels.merge_into(self.out[block.q], self.lse[block.q], out, lse)
+    def add(self, block: Block, k: Tensor, v: Tensor, heads: slice) -> None:
+        """Fold in one rectangle of some query heads; `k` and `v` hold exactly its keys and values."""
+        out, lse = self.call.backend.forward(self.q[block.q, heads], k, v, causal=False, scale=self.call.scale)
+        self.call.kernels.merge_into(self.out[block.q, heads], self.lse[block.q, heads], out, lse)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(out in the dtype of q, lse)."""
         return self.out.to(self.q.dtype), self.lse
 
 
-def _block_gradients(grad_out: Tensor, saved: tuple[Tensor, ...], block: Block, keys, call: RingCall) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of one block of `keys` = (k, v), given the merged out and lse."""
+def _block_gradients(
+    grad_out: Tensor, saved: tuple[Tensor, ...], block: Block, keys, call: RingCall, heads: slice = slice(None)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of one block of `keys` = (k, v) and some query heads, given the merged out and lse."""
     q, _, _, out, lse = saved
-    rows = (x[block.q] for x in (out, lse))
-    return call.backend.backward(grad_out[block.q], q[block.q], *keys, *rows, causal=block.causal, scale=call.scale)
+    grad_out, q, out, lse = (x[block.q, heads] for x in (grad_out, q, out, lse))
+    return call.backend.backward(grad_out, q, *keys, out, lse, causal=block.causal, scale=call.scale)
 
 
 def _own_gradients(grad_out: Tensor, saved: tuple[Tensor, ...], call: RingCall, into) -> tuple[Tensor, Tensor, Tensor]:
