@@ -2,6 +2,7 @@
 
     python tools/benchmark_kernels.py --output tools/benchmark_results/kernels_h200.json          # on a machine with a GPU
     python tools/benchmark_kernels.py --output kernels.json --check                               # its tests first, in all dtypes
+    python tools/benchmark_kernels.py --output kernels_sizes.json --sweep                         # other sizes of a program's share
 
 Times are medians over the iterations after a warm-up, in milliseconds; `gb_per_s` counts each input read once and each result written once,
 whatever an implementation really moves, and `fraction_of_copy` compares that with a plain copy measured in the same run.
@@ -20,11 +21,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -50,6 +53,17 @@ TOY = dict(rows=24, hidden_size=48, ffn_hidden_size=40, heads="4/2", head_dim=16
 FULL = dict(
     rows=32768, hidden_size=3584, ffn_hidden_size=18944, heads="28/4", head_dim=128, vocab_size=152064, loss_rows=4096, ulysses_size=4
 )
+# What a program takes at a time: (module, constant, values to try).
+SWEEP = {
+    "pack_qkv": [("qkv_pack", "FORWARD_ROWS", (8, 16, 32)), ("qkv_pack", "BACKWARD_ROWS", (16, 32, 64))],
+    "unpack_heads": [("qkv_pack", "COPY_COLUMNS", (512, 1024, 2048))],
+    "merge_into": [("merge", "PAIRS", (8, 16, 32))],
+    "take_rows": [("rows", "COLUMNS", (512, 1024, 2048, 4096))],
+    "place_rows": [("rows", "COLUMNS", (512, 1024, 2048, 4096))],
+    "rms_norm": [("rms_norm", "BACKWARD_PROGRAMS", (264, 512, 1056))],
+    "swiglu": [("swiglu", "COLUMNS", (512, 1024, 2048, 4096))],
+    "cross_entropy": [("cross_entropy", "COLUMNS", (2048, 4096, 8192))],
+}
 
 
 @dataclass
@@ -128,6 +142,8 @@ def make_works(sizes: argparse.Namespace, dtype: torch.dtype, device: torch.devi
         x = normal(rows, 1, 2 * sizes.ffn_hidden_size)
         # Megatron's fused functions are compiled ones: tens of seconds on a CPU.
         peers = {} if platform.is_cpu() else {"Megatron-Core fused": lambda x: bias_swiglu_impl(x, None, False, False)}
+        if _has_te():
+            peers["Transformer Engine"] = _te_swiglu()
         values = (x.numel() * 3 // 2, x.numel() * 5 // 2)
         return Work((x,), lambda kernels, x: kernels.swiglu(x), values, peers=peers)
 
@@ -173,6 +189,12 @@ def _te_rms_norm(weight: Tensor) -> Callable:
     return lambda x, weight: norm(x)  # its own weight: the gradient is computed all the same
 
 
+def _te_swiglu() -> Callable:
+    from transformer_engine.pytorch.ops import SwiGLU
+
+    return SwiGLU()
+
+
 def _te_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
@@ -191,6 +213,18 @@ def implementations(work: Work, compiled: bool) -> dict[str, Callable]:
         torch.compiler.reset()  # every twin passes through the same code here, and only so many versions of it are compiled
         found["plain twin compiled"] = torch.compile(twin)
     return found | work.peers
+
+
+def variants(name: str, work: Work, arguments: argparse.Namespace) -> Iterator[tuple[str, Callable, AbstractContextManager]]:
+    """(name, (*inputs) -> result, what has to hold while it is measured)."""
+    found = implementations(work, arguments.compiled and not arguments.sweep)
+    if not arguments.sweep:
+        yield from ((implementation, run, nullcontext()) for implementation, run in found.items())
+        return
+    for module, constant, values in SWEEP[name]:
+        for value in values:
+            target = f"megatron_longvila.kernels.{module}.{constant}"
+            yield f"triton {constant}={value}", found["triton"], mock.patch(target, value)
 
 
 def measure(work: Work, run: Callable, iterations: int, warm_up: int) -> dict[str, float | None]:
@@ -252,6 +286,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--check", action="store_true", help="run the kernels' GPU tests first, and stop if one fails")
     parser.add_argument("--kernels", nargs="+", default=[], metavar="NAME", help="only these")
+    parser.add_argument("--sweep", action="store_true", help="time ours alone, with other sizes of a program's share")
     parser.add_argument("--dtype", default=None, choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--warm_up", type=int, default=5)
@@ -284,10 +319,11 @@ def run_all(arguments: argparse.Namespace) -> list[str]:
     facts |= {"command": shlex.join(["tools/benchmark_kernels.py", *sys.argv[1:]]), "rows": [], "failed": []}
     for name in arguments.kernels or works:
         work = works[name]()
-        for implementation, run in implementations(work, arguments.compiled).items():
+        for implementation, run, change in variants(name, work, arguments):
             row = {"kernel": name, "implementation": implementation, "dtype": str(dtype).removeprefix("torch.")}
             try:
-                row |= measure(work, run, arguments.iterations, arguments.warm_up)
+                with change:
+                    row |= measure(work, run, arguments.iterations, arguments.warm_up)
             except Exception as error:  # a peer that does not run here must not cost the others' figures; it is reported at the end
                 facts["failed"].append(f"{name}, {implementation}: {type(error).__name__}: {error}")
             else:
@@ -306,7 +342,7 @@ def _add_speeds(row: dict, work: Work, dtype: torch.dtype, copied: float) -> Non
 
 
 def _line(row: dict) -> str:
-    parts = [f"{row['kernel']:14} {row['implementation']:20}"]
+    parts = [f"{row['kernel']:14} {row['implementation']:24}"]
     for direction in ("forward", "backward"):
         if row[f"{direction}_ms"]:
             parts.append(f"{direction} {row[f'{direction}_ms']:9.3f} ms {100 * row[f'{direction}_fraction_of_copy']:4.0f}% of copy")
