@@ -111,16 +111,19 @@ def schemes(case: Case, tiles: list[int]) -> dict[str, Callable[[], Step]]:
     return found
 
 
-def is_wanted(name: str, seq_len: int, work: str) -> bool:
-    """Peers that lose by far at shorter lengths are not waited for at long ones."""
+def is_wanted(name: str, case: Case, work: str) -> bool:
+    """Peers that lose by far at shorter lengths are not waited for at long ones; beyond 256K only the best of each kind is."""
+    length = case.total_rows
     if name == "replicated":
-        return seq_len <= LONGEST_REPLICATED
+        return length <= LONGEST_REPLICATED
     if name.endswith("cuDNN"):  # yunchang's has no backward
-        return "backward" not in work and seq_len <= LONGEST_OF_ALL_PEERS
+        return "backward" not in work and length <= LONGEST_OF_ALL_PEERS
     if re.match(r"ring-flash-attn (stripe|ring)|torch|three|yunchang .*ring1$", name):
-        return seq_len <= LONGEST_OF_ALL_PEERS
+        return length <= LONGEST_OF_ALL_PEERS
     if re.match(r"ring-flash-attn|yunchang|TE all_gather|TE a2a\+p2p", name):
-        return seq_len <= LONGEST_OF_MOST
+        return length <= LONGEST_OF_MOST
+    if re.search(r"ring\d", name):
+        return length <= LONGEST_OF_MOST or case.num_kv_heads % dist.get_world_size() != 0
     return True
 
 
@@ -132,7 +135,7 @@ def run_case(arguments: argparse.Namespace, results: Results, work: str, heads: 
     warm_up = arguments.warm_up if arguments.warm_up is not None else 10 if seq_len <= 64 << 10 else 3 if seq_len <= 128 << 10 else 1
     for name, build in schemes(case, arguments.tiles).items():
         key = dict(work=work, scheme=name, heads=heads, seq_len=seq_len, hosts=arguments.hosts, repeat=repeat)
-        if not re.search(arguments.schemes, name) or not is_wanted(name, seq_len, work) or results.has(key):
+        if not re.search(arguments.schemes, name) or not is_wanted(name, case, work) or results.has(key):
             continue
         late = torch.tensor(time.monotonic() > deadline, device=platform.device())
         dist.broadcast(late, 0)

@@ -24,26 +24,32 @@ def measure(step: Callable[[], object], results: list[Tensor], iterations: int, 
 
     `results` are tensors of the sizes of what a step returns; they are not memory that it needs on the way.
     """
+    peak = None
     if not platform.is_cpu():
         torch.cuda.empty_cache()  # what the scheme before left
-    for _ in range(warm_up):
+    for _ in range(warm_up - 1):
+        step()
+    if not platform.is_cpu():
+        peak = _peak_gib(step, results)
+    elif warm_up:
         step()
     times = []
     for _ in range(iterations):
         platform.synchronize()
         dist.barrier()
         times.append(_time_ms(step))
-    peak = 0.0
-    if not platform.is_cpu():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        kept = sum(x.numel() * x.element_size() for x in results)
-        peak = (torch.cuda.max_memory_allocated() - before - kept) / 2**30
-    worst = torch.tensor([sorted(times)[len(times) // 2], peak], dtype=torch.float64, device=platform.device())
+    worst = torch.tensor([sorted(times)[len(times) // 2], peak or 0.0], dtype=torch.float64, device=platform.device())
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return worst[0].item(), None if platform.is_cpu() else worst[1].item()
+    return worst[0].item(), None if peak is None else worst[1].item()
+
+
+def _peak_gib(step: Callable[[], object], results: list[Tensor]) -> float:
+    """What one step allocates at most beyond what was there before and `results`; the last iteration of the warm-up."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return (torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in results)) / 2**30
 
 
 def _time_ms(step: Callable[[], object]) -> float:
