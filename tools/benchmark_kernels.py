@@ -352,7 +352,8 @@ def _line(row: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.check:
-        tests = [str(ROOT / "tests" / "gpu" / "test_kernels_gpu.py"), str(ROOT / "tests" / "kernels" / "test_triton.py")]
+        folders = ("gpu/test_kernels_gpu.py", "gpu/test_model_kernels_gpu.py", "kernels/test_triton.py")
+        tests = [str(ROOT / "tests" / folder) for folder in folders]
         environment = os.environ | {"LONGVILA_GPU_TESTS": "1"}
         code = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "", *tests], cwd=ROOT, env=environment).returncode
         if code:
