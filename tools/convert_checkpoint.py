@@ -146,7 +146,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     platform.init_distributed(600)
     try:
-        report = verify(arguments.a, arguments.b, allow_pickle=arguments.allow_pickle)
+        report = verify(
+            arguments.a, arguments.b, allow_pickle=arguments.allow_pickle, progress=lambda text: print(text, file=sys.stderr, flush=True)
+        )
     finally:
         platform.shutdown_distributed()
     print("\n".join(report.lines()))

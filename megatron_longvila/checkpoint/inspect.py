@@ -153,7 +153,7 @@ def differences(a: Facts, b: Facts, *, values: bool = True) -> list[str]:
     for here, there, word in ((a, b, "first"), (b, a, "second")):
         only = sorted(here.infos.keys() - there.infos.keys())
         if only:
-            found.append(f"only the {word} has {len(only)} tensors: {_some(only)}")
+            found.append(f"only the {word} has {len(only)} tensors: {_grouped(only)}")
     common = [name for name in a.infos if name in b.infos]
     shapes = [name for name in common if a.infos[name].shape != b.infos[name].shape]
     found += [f"{name}: shape {a.infos[name].shape} and {b.infos[name].shape}" for name in shapes]

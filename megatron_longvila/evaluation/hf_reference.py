@@ -8,6 +8,7 @@ Shapes: F frames, S side of a frame in pixels, P patches, C tower width, V visua
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ _PROJECTORS: dict[str, tuple[tuple[str, str | int], ...]] = {
     ),
 }  # fmt: skip
 _PROJECTORS["mlp_downsample_2x2_fix"] = _PROJECTORS["mlp_downsample"]
-# Tensors that may be missing because they do not reach the feature; transformers makes them up.
-_OPTIONAL = ("head.", "post_layernorm.", "vision_model.head.", "vision_model.post_layernorm.")
+# Tensors of the tower that may be missing where they do not reach the feature; transformers makes them up.
+_BEYOND_FEATURE = re.compile(r"(?:model\.vision_tower\.)?(?:vision_model\.)?(?:head\.|post_layernorm\.|encoder\.layers\.(\d+)\.)")
 
 
 def merge_patches(features_FPC: Tensor, side: int) -> Tensor:
@@ -87,9 +88,10 @@ class HuggingFaceModel:
         if "llm_cfg" in settings:
             self._open_vila(settings)
         elif kind == "llava":
+            self.select_layer = settings.get("vision_feature_layer", -2)
             self.llava = self._load("LlavaForConditionalGeneration", folder)
             self.language_model, self.tower = self.llava, self.llava.model.vision_tower
-            self.projector, self.select_layer = self.llava.model.multi_modal_projector, settings.get("vision_feature_layer", -2)
+            self.projector = self.llava.model.multi_modal_projector
             self.normalize = self._image_processor(folder)
         elif kind in ("qwen2", "llama"):
             self.language_model = self._load("AutoModelForCausalLM", folder)
@@ -166,7 +168,8 @@ class HuggingFaceModel:
         self.projector = partial(project, weights=weights, kind=kind)
 
     def _open_tower(self, folder: Path, select_layer: int) -> None:
-        self.tower, self.select_layer = self._load("SiglipVisionModel", folder), select_layer
+        self.select_layer = select_layer
+        self.tower = self._load("SiglipVisionModel", folder)
         self.normalize = self._image_processor(folder)
 
     def _load(self, class_name: str, folder: Path) -> torch.nn.Module:
@@ -180,13 +183,20 @@ class HuggingFaceModel:
             )  # fmt: skip
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} cannot be loaded with transformers: {error}") from error
-        missing = [name for name in found["missing_keys"] if not name.startswith(_OPTIONAL)]
+        missing = [name for name in found["missing_keys"] if not self._is_beyond_feature(name, model.config)]
         if missing or found["unexpected_keys"]:
             raise ValueError(
                 f"{folder} does not hold what its config.json describes: missing {sorted(missing)}, "
                 f"unexpected {sorted(found['unexpected_keys'])}"
             )
         return model.eval().requires_grad_(False)
+
+    def _is_beyond_feature(self, name: str, config) -> bool:
+        """Whether no feature depends on a tensor of this transformers model."""
+        match = _BEYOND_FEATURE.match(name)
+        if match is None or match[1] is None:
+            return match is not None
+        return int(match[1]) > getattr(config, "vision_config", config).num_hidden_layers + self.select_layer
 
     def _read_tensors(self, folder: Path) -> dict[str, Tensor]:
         """All tensors of a folder that transformers has no class for."""

@@ -226,8 +226,10 @@ def _spread(count: int, below: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def run_parts(side: Side, inputs: Inputs, sizes: dict[str, int]) -> dict[tuple[str, str], Tensor]:
-    """Outputs of `side` by part and input; `sizes` say which parts, and `side` must have them."""
+def run_parts(
+    side: Side, inputs: Inputs, sizes: dict[str, int], progress: Callable[[str], None] = lambda text: None
+) -> dict[tuple[str, str], Tensor]:
+    """Outputs of `side` by part and input; `sizes` say which parts, and `side` must have them. `progress` is told what comes next."""
     image, video = inputs.frames_FSS3[:1], inputs.frames_FSS3
     found: dict[tuple[str, str], Callable[[], Tensor]] = {}
     found["rotary angles", "far positions"] = lambda: side.rotary(inputs.far_positions)
@@ -240,7 +242,12 @@ def run_parts(side: Side, inputs: Inputs, sizes: dict[str, int]) -> dict[tuple[s
     found["projector output", "video"] = lambda: side.projector_output(video)
     found["multimodal logits", "image"] = lambda: side.multimodal_logits(image, inputs.image_ids)
     found["multimodal logits", "video"] = lambda: side.multimodal_logits(video, inputs.video_ids)
-    return {key: run().float().cpu() for key, run in found.items() if PARTS[key[0]] <= sizes.keys()}
+    outputs = {}
+    for (part, name), run in found.items():
+        if PARTS[part] <= sizes.keys():
+            progress(f"{part}, {name}")
+            outputs[part, name] = run().float().cpu()
+    return outputs
 
 
 def _fingerprint(table_VD: Tensor) -> Tensor:
@@ -258,17 +265,20 @@ def open_side(path: Path, *, allow_pickle: bool = False) -> Side:
     raise ValueError(f"{path} holds neither config.yaml (a checkpoint like RUN/checkpoints/step_0000100) nor config.json (Hugging Face)")
 
 
-def verify(a: Path, b: Path, *, allow_pickle: bool = False) -> Report:
+def verify(a: Path, b: Path, *, allow_pickle: bool = False, progress: Callable[[str], None] = lambda text: None) -> Report:
     """Compare all parts that both sides have. One side is in memory at a time, in fp32; the first is run twice.
+
+    Args:
+        progress: told what runs next, which takes minutes for a large model.
 
     Raises:
         ValueError: a side cannot be loaded, the sides differ in a size, or they have no part in common.
     """
     side_a = open_side(a, allow_pickle=allow_pickle)
     inputs, sizes_a, dtypes_a = make_inputs(side_a.sizes), side_a.sizes, side_a.dtypes
-    outputs_a = run_parts(side_a, inputs, sizes_a)
+    outputs_a = run_parts(side_a, inputs, sizes_a, lambda text: progress(f"A: {text}"))
     _move_to_neighbours(side_a.weights())
-    changes = _differences(outputs_a, run_parts(side_a, inputs, sizes_a))
+    changes = _differences(outputs_a, run_parts(side_a, inputs, sizes_a, lambda text: progress(f"A with its weights moved: {text}")))
     limits = {key: _ORDERS * change for key, (change, _) in changes.items()}
     _close(side_a)
     del side_a
@@ -276,7 +286,7 @@ def verify(a: Path, b: Path, *, allow_pickle: bool = False) -> Report:
     side_b = open_side(b, allow_pickle=allow_pickle)
     sizes_b, dtypes_b = side_b.sizes, side_b.dtypes
     common = _common_sizes(a, b, sizes_a, sizes_b)
-    outputs_b = run_parts(side_b, inputs, common)
+    outputs_b = run_parts(side_b, inputs, common, lambda text: progress(f"B: {text}"))
     differences = _differences(outputs_a, outputs_b)
     coarse = _coarsest(dtypes_a | dtypes_b) if dtypes_a != dtypes_b else torch.float32
     finer, exact = side_b, outputs_b
@@ -285,7 +295,7 @@ def verify(a: Path, b: Path, *, allow_pickle: bool = False) -> Report:
             _close(side_b)
             finer, exact = open_side(a, allow_pickle=allow_pickle), outputs_a
         _round_to(finer.weights(), coarse)
-        rounding = _differences(exact, run_parts(finer, inputs, common))
+        rounding = _differences(exact, run_parts(finer, inputs, common, lambda text: progress(f"rounded: {text}")))
         limits = {key: limits[key] + 2 * change for key, (change, _) in rounding.items()}
     _close(finer)
     comparisons = []

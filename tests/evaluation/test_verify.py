@@ -97,11 +97,13 @@ CORRUPTIONS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """source: a VILA folder; checkpoint: what was imported from it; half: source in bf16."""
+    """source: a VILA folder; checkpoint: what was imported from it; half: source in bf16; fp16: another in that type."""
     root = tmp_path_factory.mktemp("verify")
     hf_models.save_vila(root / "source")
     hf_models.save_vila(root / "half", dtype=torch.bfloat16)
-    run_ranks(import_folders, 1, [(root / "source", root / "checkpoint")])
+    hf_models.save_vila(root / "fp16", "llama", tied=True, dtype=torch.float16)
+    names = {"source": "checkpoint", "half": "half_checkpoint", "fp16": "fp16_checkpoint"}
+    run_ranks(import_folders, 1, [(root / source, root / checkpoint) for source, checkpoint in names.items()])
     return root
 
 
@@ -129,14 +131,23 @@ def test_an_imported_model_is_the_same(folder):
     assert report.lines()[-1] == "the same model"
 
 
+def test_an_imported_model_of_another_type_is_the_same_to_the_limits_of_fp32(folder):
+    """Both sides compute in fp32 with the same bf16 or fp16 weights, so nothing is forgiven for the type."""
+    for report in run_ranks(verify_all, 1, [(folder / name, folder / f"{name}_checkpoint") for name in ("half", "fp16")])[0]:
+        assert report.passed and report.dtype == "float32", "\n".join(report.lines())
+        assert all(one.worst_absolute <= 1e-4 and one.limit <= 2e-4 for one in report.comparisons)
+
+
 def test_every_corruption_fails_where_it_is(folder):
-    """The parts before the corrupted one pass; and none of the differences is near its limit."""
+    """The parts before the corrupted one pass; and none of the differences is near its limit. Where a part alone shows it, only that part
+    is run."""
     pairs = []
-    for name, (corrupt, _) in CORRUPTIONS.items():
+    for name, (corrupt, part) in CORRUPTIONS.items():
         broken = folder / name
         shutil.copytree(folder / "source", broken)
         corrupt(broken)
-        pairs.append((folder / "checkpoint", broken))
+        alone = {"text logits": "llm", "rotary angles": "llm", "vision features": "vision_tower"}.get(part, ".")
+        pairs.append((broken if name == "vision_layer" else broken / alone, folder / "checkpoint"))
     for (name, (_, part)), report in zip(CORRUPTIONS.items(), run_ranks(verify_all, 1, pairs)[0], strict=True):
         text = f"{name}\n" + "\n".join(report.lines())
         failed = [one for one in report.comparisons if not one.passed]
@@ -175,6 +186,23 @@ def test_two_checkpoints_and_parts_without_a_projector(folder):
     same, parts = run_ranks(verify_all, 1, pairs)[0]
     assert same.passed and all(one.worst_absolute == 0 for one in same.comparisons) and not same.not_compared
     assert parts.passed and parts.not_compared == ("projector output", "multimodal logits")
+
+
+def test_what_does_not_reach_the_feature_may_be_missing(folder):
+    """As in exports of a checkpoint that was never imported; the layer that gives the feature may not."""
+    dropped, broken = folder / "dropped", folder / "layer_missing"
+    for path, layers in ((dropped, "2"), (broken, "12")):
+        shutil.copytree(folder / "source", path)
+        gone = re.compile(rf"vision_model\.(head|post_layernorm|encoder\.layers\.[{layers}])\..*")
+
+        def drop(state: State, gone=gone) -> None:
+            for name in [name for name in state if gone.match(name)]:
+                del state[name]
+
+        change_tensors("vision_tower", drop)(path)
+    same, message = run_ranks(verify_all, 1, [(dropped, folder / "checkpoint"), (broken, folder / "checkpoint")])[0]
+    assert same.passed and not same.not_compared
+    assert "encoder.layers.1.mlp.fc1.bias" in message and "encoder.layers.2" not in message
 
 
 def test_parts_alone_are_compared_as_far_as_they_go(folder):
