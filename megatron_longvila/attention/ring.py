@@ -35,7 +35,7 @@ from megatron_longvila.parallel.collectives import PendingRows, ring_send_recv, 
 from megatron_longvila.parallel.plan import SequenceLayout, share_order
 
 TRANSPORTS = ("all_gather", "p2p")
-HEAD_GROUPS = 4  # of one rank's keys and values with `p2p`, if there are as many key/value heads
+HEAD_GROUPS = 4  # of one rank's keys and values with `p2p`, if there are as many key/value heads; fewer for packs, whose blocks are small
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def planned_visits(layout: SequenceLayout, rank: int, transport: str, num_kv_hea
         return ()
     if transport == "all_gather":
         return (Visit(slice(0, num_kv_heads), gathered_blocks(layout, rank, tile), 0, 0),)
-    groups = math.gcd(num_kv_heads, HEAD_GROUPS)
+    groups = math.gcd(num_kv_heads, max(1, HEAD_GROUPS // len(layout.sample_lengths)))
     width = num_kv_heads // groups
     return tuple(
         Visit(slice(start, start + width), visiting_blocks(layout, rank, (rank - step) % layout.ring_size, tile), step, tag)
