@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -81,12 +82,14 @@ def generate(config: Config, folder: Path) -> int:
         "vision_tower": write_vision(config.model.vision) | {"torch_dtype": "bfloat16"},
         "mm_projector": {"mm_projector_type": config.model.projector.type, "model_type": "v2l_projector"},
     }
+    noise = torch.empty(1 << 24, dtype=torch.bfloat16).normal_(0, 0.02)
     for part, found in infos.items():
         (folder / part).mkdir(parents=True)
         write_json(folder / part / "config.json", configs[part])
         with SafetensorsWriter(folder / part, found, 5_000_000_000) as writer:
             for name, info in found.items():
-                writer.write(name, torch.empty(info.shape, dtype=info.dtype).normal_(0, 0.02))
+                count = math.prod(info.shape)
+                writer.write(name, noise.repeat(-(-count // len(noise)))[:count].view(info.shape))
     write_json(folder / "config.json", {"model_type": "llava_llama"} | {f"{part}_cfg": value for part, value in configs.items()})
     return sum(info.num_bytes for found in infos.values() for info in found.values())
 

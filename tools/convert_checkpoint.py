@@ -122,7 +122,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _export_peft(arguments: argparse.Namespace) -> int:
     from megatron_longvila import platform
-    from megatron_longvila.checkpoint.importing import check_output, remove_output
+    from megatron_longvila.checkpoint.importing import check_output, written_aside
     from megatron_longvila.checkpoint.lora import check_peft, export_peft
 
     if arguments.merge_lora:
@@ -130,11 +130,12 @@ def _export_peft(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, arguments.overwrite, ("adapter_config.json",), inputs=(arguments.input,))
     check_peft(arguments.input)
     if arguments.dry_run:
-        return _dry_run(arguments.output, None, ())
-    remove_output(arguments.output)
+        return _dry_run(arguments.output, 0, ())
     platform.init_distributed(600)
     try:
-        names = export_peft(arguments.input, arguments.output)
+        with written_aside(arguments.output) as folder:
+            folder.rmdir()
+            names = export_peft(arguments.input, folder)
     finally:
         platform.shutdown_distributed()
     return _done(arguments.output, [f"{len(names)} tensors in the adapter"])
@@ -182,10 +183,12 @@ def _bar(what: str, num_bytes: int):
     return bar()
 
 
-def _dry_run(output: Path, num_bytes: int | None, notes: Sequence[str]) -> int:
+def _dry_run(output: Path, num_bytes: int, notes: Sequence[str]) -> int:
+    from megatron_longvila.checkpoint.importing import check_space
+
+    check_space(output, num_bytes)
     _notes(notes)
-    size = "" if num_bytes is None else f" {num_bytes / 2**30:.2f} GiB"
-    print(f"everything fits; would write{size} to {output}")
+    print(f"everything fits; would write {f'{num_bytes / 2**30:.2f} GiB to ' * (num_bytes > 0)}{output}")
     return 0
 
 

@@ -122,8 +122,14 @@ def run(job: ExportJob, progress: Progress = lambda num_bytes: None) -> list[str
             produced.rule(rule)
         produced.passengers()
         writers.close()
+    vision = job.config.model.vision
     if job.options.drop_passengers:
         notes.append(_what_breaks(job))
+    elif job.options.format != "llm" and not job.passengers and vision.built_layers < vision.num_layers:
+        notes.append(
+            f"the checkpoint never had the tower's layers from {vision.built_layers} on, which do not reach the loss: transformers "
+            "initialises them at random"
+        )
     return notes
 
 

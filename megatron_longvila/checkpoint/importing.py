@@ -169,12 +169,6 @@ def written_aside(output: Path) -> Iterator[Path]:
         raise
 
 
-def remove_output(output: Path) -> None:
-    """Remove what `check_output` allowed to be replaced."""
-    if output.exists():
-        shutil.rmtree(output)
-
-
 def check_output(output: Path, overwrite: bool, marks: tuple[str, ...], inputs: tuple[Path | None, ...]) -> None:
     """Raises ValueError if the output is in the way: finished and not to be replaced, something else, or one of the inputs."""
     for path in inputs:

@@ -31,6 +31,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _PIECE = 1 << 20
+_RESIDENT = 1 << 30  # bytes of a mapped file that may stay mapped
 _HEADER_LIMIT = 100 << 20  # safetensors' own
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".distcp")
@@ -54,7 +55,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         """Raises ValueError for a file that is cut short or is no safetensors file."""
-        self.path = path
+        self.path, self._resident = path, 0
         size = path.stat().st_size
         with open(path, "rb") as stream:
             start = stream.read(8)
@@ -82,8 +83,15 @@ class SafetensorsFile:
         info, (first, last) = self.infos[name], self._offsets[name]
         if first == last:
             return torch.empty(info.shape, dtype=info.dtype)
-        count = math.prod(info.shape)
-        return torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=self._begin + first).view(info.shape)
+        begin, page = self._begin + first, (self._begin + first) % mmap.PAGESIZE
+        self._resident += last - first
+        if self._resident > _RESIDENT:
+            # Pages come back from the file if they are looked at again. Left alone, the system has to find them when memory is short.
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._resident = last - first
+        # Fetched at once instead of by page faults, each of which waits for the disk.
+        self._map.madvise(mmap.MADV_WILLNEED, begin - page, last - first + page)
+        return torch.frombuffer(self._map, dtype=info.dtype, count=math.prod(info.shape), offset=begin).view(info.shape)
 
     @cached_property
     def _map(self) -> mmap.mmap:

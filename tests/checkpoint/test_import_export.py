@@ -111,6 +111,20 @@ def _convert(rank: int, root: Path) -> None:
     export_folder(root / "vila_linear_scaling" / "checkpoint", root / "vila_as_llava", "llava")
     import_folder(root / "vila_as_llava", root / "vila_as_llava_checkpoint")
     export_folder(root / "vila_spare_rows" / "checkpoint", root / "flat", "vila", vision_names="flat")
+    _train_from_scratch(root)
+
+
+def _train_from_scratch(root: Path) -> None:
+    """A checkpoint that was never imported, out and in again."""
+    from tiny_model import build, make_config
+
+    from megatron_longvila.checkpoint.sharded import save_weights
+
+    config = make_config(root / "vila_tied_bf16" / "source" / "llm")
+    model, groups = build(config, 1)
+    save_weights(root / "scratch", model, config, groups)
+    export_folder(root / "scratch", root / "scratch_out", "vila")
+    import_folder(root / "scratch_out", root / "scratch_again")
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -254,3 +268,22 @@ def test_dropped_passengers_are_named(converted, tmp_path):
     assert "encoder.layers.2.mlp.fc1.bias" in notes[-1] and "initialises the tower's missing layers at random" in notes[-1]
     before, after = tensors_of(converted / "vila_spare_rows" / "source"), tensors_of(tmp_path / "out")
     assert after["llm/lm_head.weight"].shape[0] == VOCAB_SIZE and len(before) - len(after) == 16 + 2 + 11 + 1
+
+
+def test_a_model_that_was_never_imported(converted):
+    import transformers
+
+    from megatron_longvila import config_io
+    from megatron_longvila.checkpoint.streaming import DistributedTensors
+
+    out = converted / "scratch_out"
+    before, after = (DistributedTensors(converted / name, [""]) for name in ("scratch", "scratch_again"))
+    assert_same_tensors({name: before.read(name) for name in before.infos}, {name: after.read(name) for name in after.infos})
+    models = [config_io.load(converted / name / "config.yaml").model for name in ("scratch", "scratch_again")]
+    assert models[0].llm == models[1].llm and models[0].vision == models[1].vision and models[0].projector == models[1].projector
+    decoder, report = transformers.AutoModelForCausalLM.from_pretrained(out / "llm", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and decoder.dtype == torch.float32
+    assert (out / "llm" / "tokenizer.json").exists() and read_json(out / "vision_tower" / "preprocessor_config.json")["size"]["height"] == 4
+    # The tower's last layer was never built: transformers makes one up, and says so.
+    _, report = transformers.SiglipVisionModel.from_pretrained(out / "vision_tower", output_loading_info=True)
+    assert all("layers.2." in name or "post_layernorm" in name for name in report["missing_keys"]) and not report["unexpected_keys"]

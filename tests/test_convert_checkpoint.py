@@ -1,0 +1,59 @@
+"""tools/convert_checkpoint.py as a user types it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from hf_models import save_llava, save_llm, save_siglip, save_vila
+from programs import ROOT, load_script, start
+
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+
+
+@pytest.mark.parametrize("command", ["", "import", "export", "verify", "inspect"])
+def test_help_shows_a_worked_example(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        load_script(TOOL).main([*filter(None, [command]), "--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0 and f"python tools/convert_checkpoint.py {command}".rstrip() in text and "Exit status" in text
+
+
+def test_there_and_back(tmp_path, capsys):
+    """The import as a process of its own, as it joins a job of one rank; the rest in this one."""
+    save_vila(tmp_path / "vila")
+    code, text = start(sys.executable, TOOL, "import", tmp_path / "vila", tmp_path / "checkpoint")
+    assert code == 0 and "57 tensors of the model, 29 that travel along" in text and f"wrote {tmp_path / 'checkpoint'}" in text
+    assert "import: 100%" in text and "B/s" in text  # rate and ETA
+    main = load_script(TOOL).main
+    assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "out"), "--format", "vila", "--shard-size", "50KB"]) == 0
+    assert len(list((tmp_path / "out" / "llm").glob("*.safetensors"))) > 2
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "vila"), str(tmp_path / "out")]) == 0
+    assert "no differences" in capsys.readouterr().out
+
+
+def test_dry_runs_write_nothing(tmp_path, capsys):
+    main = load_script(TOOL).main
+    save_llm(tmp_path / "llm")
+    save_siglip(tmp_path / "siglip")
+    words = ["import", str(tmp_path / "llm"), str(tmp_path / "out"), "--dry-run", "--projector", "mlp2x_gelu"]
+    assert main([*words, "--vision-tower", str(tmp_path / "siglip")]) == 0
+    assert "parts layout" in (text := capsys.readouterr()).out and "everything fits; would write" in text.out
+    assert "the projector is freshly initialised" in text.err and not (tmp_path / "out").exists()
+
+
+def test_errors_have_one_line_and_code_1(tmp_path, capsys):
+    main = load_script(TOOL).main
+    save_llava(tmp_path / "llava")
+    (tmp_path / "llava" / "model.safetensors").write_bytes(b"short")
+    capsys.readouterr()
+    assert main(["import", str(tmp_path / "llava"), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'llava' / 'model.safetensors'} is cut short")
+    assert main(["export", str(tmp_path / "llava"), str(tmp_path / "out"), "--format", "llm"]) == 1
+    assert "complete.json, so its writing did not end" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "llava"), str(tmp_path / "out"), "--format", "peft", "--merge-lora"]) == 1
+    assert "choose one of the two" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main(["export", "a", "b", "--format", "llm", "--shard-size", "huge"])
+    assert left.value.code == 2 and "is no size; write 5GB" in capsys.readouterr().err
