@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -231,3 +232,11 @@ def test_what_cannot_be_compared_is_refused(folder):
     }
     for (pair, message), text in zip(cases.items(), run_ranks(verify_all, 1, list(cases))[0], strict=True):
         assert isinstance(text, str) and re.search(message, text), (pair, text)
+
+
+def test_without_transformers_verify_says_what_to_install(folder, monkeypatch):
+    from megatron_longvila.evaluation.verify import verify
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"pip install 'megatron-longvila\[hf\]'"):
+        verify(folder / "source", folder / "checkpoint")
