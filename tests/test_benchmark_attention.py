@@ -83,3 +83,18 @@ def test_the_schemes_compute_the_same_attention():
 
     for errors in run_ranks(body, 2):
         assert all(error < 1e-12 for error in errors.values()), errors
+
+
+def test_a_wrong_choice_of_mesh_is_seen():
+    warm_parent()
+    tool = load_script(ROOT / "tools" / "benchmark_attention.py")
+
+    def rows(ulysses_ms, ring_ms):
+        common = {"work": "forward+backward", "heads": "28/4", "seq_len": 131072, "hosts": 1}
+        names = {"mmsp ulysses4": ulysses_ms, "mmsp ulysses1 ring4 p2p": ring_ms, "mmsp ulysses1 ring4 all_gather": 300.0, "TE p2p": 1.0}
+        return [{**common, "scheme": scheme, "median_ms": ms} for scheme, ms in names.items()]
+
+    (right,) = tool.check_meshes(rows(200.0, 210.0), 4, 128)
+    assert (right["taken"], right["best"], right["ratio"]) == ("ulysses4", "mmsp ulysses4", 1.0)
+    (wrong,) = tool.check_meshes(rows(231.0, 210.0), 4, 128)
+    assert (wrong["best"], wrong["ratio"]) == ("mmsp ulysses1 ring4 p2p", 1.1)

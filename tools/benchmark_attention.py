@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 32K 128K --hosts 2        # two emulated nodes
     torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 128K --work "packed forward" "packed forward+backward"
     python tools/benchmark_attention.py --output ... --plot                                                   # pictures from the rows
+    python tools/benchmark_attention.py --output ... --check_meshes                                           # was `auto` right?
 
 Rows that OUTPUT holds are not measured again, so a run that was cut short goes on where it stopped. Peers that are not installed are left
 out, and OUTPUT's twin `*_machine.json` says which, with hardware, versions and every command. Times are medians of 5 iterations after a
@@ -19,8 +20,10 @@ import argparse
 import json
 import os
 import re
+import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,7 +39,9 @@ from benchmark_plots import plot_attention  # noqa: E402
 from benchmark_rows import Results, measure  # noqa: E402
 
 from megatron_longvila import platform  # noqa: E402
+from megatron_longvila.mesh_cost import Heads, Machine, Row, rank_meshes  # noqa: E402
 
+EMULATED_GB_PER_S = 4.0  # between emulated hosts, loopback sockets; `--hosts`
 WORKS = ("forward", "forward+backward", "packed forward", "packed forward+backward")
 LONGEST_REPLICATED, LONGEST_OF_ALL_PEERS, LONGEST_OF_MOST = 64 << 10, 128 << 10, 256 << 10
 
@@ -64,6 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--longest_document", type=count, default=64 << 10)
     parser.add_argument("--time_limit_s", type=float, default=float("inf"), help="start no further scheme after this")
     parser.add_argument("--plot", action="store_true", help="draw OUTPUT and stop")
+    parser.add_argument("--check_meshes", action="store_true", help="compare the meshes that `auto` takes with the rows of OUTPUT and stop")
     return parser.parse_args(argv)
 
 
@@ -161,6 +167,26 @@ def run_case(arguments: argparse.Namespace, results: Results, work: str, heads: 
     return True
 
 
+def check_meshes(rows: list[dict], num_ranks: int, head_dim: int) -> list[dict]:
+    """For every case of single samples: the mesh that `auto` takes, and its time over that of our fastest mesh. 1 means a right choice."""
+    cases, choices = defaultdict(lambda: defaultdict(list)), []
+    for row in rows:
+        mesh = re.fullmatch(r"mmsp ulysses(\d+)(?: ring\d+ \w+)?", row["scheme"])
+        if mesh and row["work"] == "forward+backward":
+            cases[row["heads"], row["seq_len"], row["hosts"]][int(mesh[1]), row["scheme"]].append(row["median_ms"])
+    for (heads, seq_len, hosts), times in sorted(cases.items()):
+        num_heads, num_kv_heads = map(int, heads.split("/"))
+        machine = Machine(num_ranks // hosts, network_gb_per_s=EMULATED_GB_PER_S if hosts > 1 else Machine.network_gb_per_s)
+        taken = rank_meshes(Heads(num_heads, num_kv_heads, head_dim), Row(seq_len), num_ranks, 1, machine)[0].ulysses_size
+        medians = {key: statistics.median(values) for key, values in times.items()}
+        of_taken = [value for (ulysses_size, _), value in medians.items() if ulysses_size == taken]
+        if of_taken:
+            ratio = round(min(of_taken) / min(medians.values()), 4)
+            best = min(medians, key=medians.get)[1]
+            choices.append({"heads": heads, "seq_len": seq_len, "hosts": hosts, "taken": f"ulysses{taken}", "best": best, "ratio": ratio})
+    return choices
+
+
 def emulate_hosts(hosts: int) -> None:
     """Make NCCL believe that the ranks are on several hosts: traffic between those goes through loopback sockets."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -178,10 +204,16 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.plot:
         plot_attention(json.loads(arguments.output.read_text()), arguments.output)
         return
+    if arguments.check_meshes:
+        facts = json.loads(arguments.output.with_name(f"{arguments.output.stem}_machine.json").read_text())
+        choices = check_meshes(json.loads(arguments.output.read_text()), facts["ranks"], arguments.head_dim)
+        for choice in choices:
+            print(*choice.values())
+        sys.exit(any(choice["ratio"] > 1.05 for choice in choices))
     deadline = time.monotonic() + arguments.time_limit_s
     emulate_hosts(arguments.hosts)
     if not dist.is_initialized():
-        platform.init_distributed(600)
+        platform.init_distributed(180)
     results = Results(arguments.output, "tools/benchmark_attention.py")
     cases = [
         (work, heads, seq_len, repeat)
