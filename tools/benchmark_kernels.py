@@ -60,7 +60,7 @@ SWEEP = {
     "merge_into": [("merge", "PAIRS", (8, 16, 32))],
     "take_rows": [("rows", "COLUMNS", (512, 1024, 2048, 4096))],
     "place_rows": [("rows", "COLUMNS", (512, 1024, 2048, 4096))],
-    "rms_norm": [("rms_norm", "BACKWARD_PROGRAMS", (264, 512, 1056))],
+    "rms_norm": [("rms_norm", "BACKWARD_PROGRAMS", (256, 512, 1024, 2048))],
     "swiglu": [("swiglu", "COLUMNS", (512, 1024, 2048, 4096))],
     "cross_entropy": [("cross_entropy", "COLUMNS", (2048, 4096, 8192))],
 }

@@ -16,18 +16,18 @@ COLUMNS = 4096  # values of one step of a row
 
 
 @triton.jit
-def _lse_kernel(logits_ptr, labels_ptr, lse_ptr, target_ptr, width, stride, first_column, COLUMNS: tl.constexpr):
+def _lse_kernel(logits_ptr, labels_ptr, lse_ptr, target_ptr, stride, first_column, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * stride
     largest, total = -1e30, 0.0  # below every finite logit, and -inf minus it is still -inf
-    for start in range(0, width, COLUMNS):
+    for start in range(0, WIDTH, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        values = tl.load(logits + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+        values = tl.load(logits + columns, mask=columns < WIDTH, other=float("-inf")).to(tl.float32)
         new = tl.maximum(largest, tl.max(values, axis=0))
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(values - new), axis=0)
         largest = new
     column = tl.load(labels_ptr + row) - first_column
-    inside = (column >= 0) & (column < width)
+    inside = (column >= 0) & (column < WIDTH)
     tl.store(lse_ptr + row, largest + tl.log(total))
     tl.store(target_ptr + row, tl.load(logits + column, mask=inside, other=0.0).to(tl.float32))
 
@@ -52,7 +52,7 @@ def lse_and_target(logits_LV: Tensor, labels_L: Tensor, first_column: int) -> tu
     lse_L, target_L = (logits_LV.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     if num_rows:
         _lse_kernel[(num_rows,)](
-            logits_LV, labels_L, lse_L, target_L, width, logits_LV.stride(0), first_column, COLUMNS=_columns(width), num_warps=8
+            logits_LV, labels_L, lse_L, target_L, logits_LV.stride(0), first_column, WIDTH=width, COLUMNS=_columns(width), num_warps=8
         )
     return lse_L, target_L
 

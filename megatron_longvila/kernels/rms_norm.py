@@ -28,24 +28,23 @@ def _forward_kernel(x_ptr, weight_ptr, out_ptr, scale_ptr, width, eps, COLUMNS: 
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, x_ptr, weight_ptr, scale_ptr, grad_x_ptr, partial_ptr, num_rows, rows_per_program, width, COLUMNS: tl.constexpr
+    grad_ptr, x_ptr, weight_ptr, scale_ptr, grad_x_ptr, partial_ptr, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, COLUMNS)
-    inside = columns < width
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((COLUMNS,), tl.float32)
-    start = program.to(tl.int64) * rows_per_program
-    for index in range(start, tl.minimum(start + rows_per_program, num_rows)):
-        row = index * width
-        grad = tl.load(grad_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + index)
-        normed = tl.load(x_ptr + row + columns, mask=inside, other=0.0).to(tl.float32) * scale
+    for step in range(ROWS):
+        row = program * ROWS + step
+        inside = columns < tl.where(row < num_rows, width, 0)
+        grad = tl.load(grad_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row, mask=row < num_rows, other=0.0)
+        normed = tl.load(x_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32) * scale
         grad_weight += grad * normed
         grad *= weight
         grad_x = (grad - normed * (tl.sum(grad * normed, axis=0) / width)) * scale
-        tl.store(grad_x_ptr + row + columns, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
-    tl.store(partial_ptr + program.to(tl.int64) * width + columns, grad_weight, mask=inside)
+        tl.store(grad_x_ptr + row * width + columns, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_ptr + program * width + columns, grad_weight, mask=columns < width)
 
 
 def _warps(columns: int) -> int:
@@ -71,12 +70,13 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
         num_rows, width, columns = scale.numel(), weight.shape[0], triton.next_power_of_2(weight.shape[0])
-        rows_per_program = max(triton.cdiv(num_rows, BACKWARD_PROGRAMS), 1)
-        programs = triton.cdiv(num_rows, rows_per_program)
+        # A power of two, so that batches of many lengths need few compiled kernels.
+        rows = triton.next_power_of_2(max(triton.cdiv(num_rows, BACKWARD_PROGRAMS), 1))
+        programs = triton.cdiv(num_rows, rows)
         partial = x.new_empty(programs, width, dtype=torch.float32)
         if num_rows:
             _backward_kernel[(programs,)](
-                grad, x, weight, scale, grad_x, partial, num_rows, rows_per_program, width, COLUMNS=columns, num_warps=_warps(columns)
+                grad, x, weight, scale, grad_x, partial, num_rows, width, ROWS=rows, COLUMNS=columns, num_warps=_warps(columns)
             )
         return grad_x, partial.sum(0).to(weight.dtype), None
 
