@@ -97,12 +97,14 @@ def test_merged_equals_unmerged(targets, tmp_path):
 def test_the_sum_is_rounded_once():
     """bf16 weights: the product and the sum are fp32."""
     from megatron_longvila.checkpoint.hf import from_megatron, split_qkv
-    from megatron_longvila.checkpoint.lora import _merge_
+    from megatron_longvila.checkpoint.lora import adapted, merged_weight
 
     config = make_config()
     state = {name: tensor.to(torch.bfloat16) for name, tensor in random_state(config).items()}
-    merged = dict(state)
-    _merge_(merged, config)
+    merged = {
+        name: merged_weight(name, tensor, state.__getitem__, config) if adapted(name, config) else tensor for name, tensor in state.items()
+    }
+    assert sum(adapted(name, config) for name in state) == 2 * config.model.llm.num_layers
     attention = "language_model.decoder.layers.2.self_attention"
     for field, parts in (("linear_qkv", "qkv"), ("linear_proj", "o")):
         split = (lambda weight: split_qkv(weight, 4, 16)) if parts == "qkv" else lambda weight: (weight,)
