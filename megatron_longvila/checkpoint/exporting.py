@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_longvila import config_io
 from megatron_longvila.checkpoint import export_settings
-from megatron_longvila.checkpoint.hf import BESIDE_VISION, EXTRA_ROWS, Rule, flat_name, rules, split
+from megatron_longvila.checkpoint.hf import BESIDE_VISION, EXTRA_ROWS, Rule, flat_name, full_shapes, rules, split
 from megatron_longvila.checkpoint.importing import Progress, check_output, check_space, written_aside
 from megatron_longvila.checkpoint.layouts import LLAVA_NAMES
 from megatron_longvila.checkpoint.lora import adapted, merged_weight
@@ -26,7 +26,6 @@ from megatron_longvila.checkpoint.streaming import DistributedTensors
 from megatron_longvila.checkpoint.tensor_files import SafetensorsFile, SafetensorsWriter, TensorInfo, read_json
 from megatron_longvila.config import Config
 
-FORMATS = ("vila", "llava", "llm")
 _MODEL = ("vision_tower.", "projector.", "language_model.")
 _TABLE, _HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
 _MARKS = ("config.json", "adapter_config.json")
@@ -76,8 +75,8 @@ def plan(options: ExportOptions) -> ExportJob:
     """Check an export completely: the checkpoint, what the format can hold, and the output.
 
     Raises:
-        ValueError: the checkpoint is damaged or has adapters that are not to be merged, the format cannot hold the model, or the output is
-            in the way.
+        ValueError: the checkpoint is damaged, is not what its configuration says or has adapters that are not to be merged, the format
+            cannot hold the model, or the output is in the way.
     """
     check_output(options.output, options.overwrite, _MARKS, inputs=(options.input,))
     damage = find_damage(options.input)
@@ -95,6 +94,7 @@ def plan(options: ExportOptions) -> ExportJob:
         check_llava(config)
     imported = read_json(options.input / IMPORTED) if (options.input / IMPORTED).exists() else {}
     tensors = DistributedTensors(options.input, _MODEL)
+    _check_tensors(config, tensors)
     passengers = {}
     if (options.input / PASSENGERS).exists() and not options.drop_passengers:
         passengers = SafetensorsFile(options.input / PASSENGERS).infos
@@ -212,14 +212,25 @@ class _Writers:
                 pass
 
 
+def _check_tensors(config: Config, tensors: DistributedTensors) -> None:
+    """Raises ValueError unless the checkpoint has exactly the tensors of its model, in their shapes."""
+    wanted, found = full_shapes(config), tensors.infos
+    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    wrong = [
+        f"{name}: {found[name].shape} instead of {shape}" for name, shape in wanted.items() if name in found and found[name].shape != shape
+    ]
+    if missing or unknown or wrong:
+        raise ValueError(
+            f"the checkpoint is not the model that its config.yaml describes: {len(missing)} tensors missing: {missing}; {len(unknown)} "
+            f"unknown: {unknown}; {len(wrong)} of another shape: {wrong}"
+        )
+
+
 def _source_infos(
     config: Config, tensors: DistributedTensors, passengers: Mapping[str, TensorInfo], repeats_table: bool
 ) -> dict[str, TensorInfo]:
-    """Our name -> shape and dtype of everything that will be written, in that order. Raises ValueError for missing tensors."""
+    """Our name -> shape and dtype of everything that will be written, in that order. Raises ValueError for passengers in the way."""
     found: dict[str, TensorInfo] = {}
-    missing = [rule.target for rule in rules(config) if rule.target not in tensors.infos]
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} tensors of its model: {missing}")
     for rule in rules(config):
         dtype = tensors.infos[rule.target].dtype
         for name, shape in zip(rule.sources, rule.shapes, strict=True):
@@ -229,6 +240,9 @@ def _source_infos(
             found[name] = TensorInfo(tuple(rows), dtype if extra is None else torch.promote_types(dtype, extra.dtype))
             if name == _TABLE and repeats_table and config.model.llm.tie_embeddings:
                 found[_HEAD] = found[name]
+    twice = sorted(found.keys() & passengers.keys())
+    if twice:
+        raise ValueError(f"passengers {twice} are also tensors of the model; give --drop-passengers")
     return found | {name: info for name, info in passengers.items() if not name.endswith(EXTRA_ROWS)}
 
 

@@ -138,7 +138,9 @@ def run(job: ImportJob, progress: Progress = lambda num_bytes: None) -> list[str
         if job.passengers:
             with SafetensorsWriter(folder, job.passengers, name=PASSENGERS) as writer:
                 for name, info in job.passengers.items():
-                    writer.write(name, _passenger(job.source, name, job.config.model.llm.vocab_size))
+                    tensor = _passenger(job.source, name, job.config.model.llm.vocab_size)
+                    bad += [name] if tensor.is_floating_point() and not _is_finite(tensor) else []
+                    writer.write(name, tensor)
                     progress(info.num_bytes)
         config_io.save(job.config, folder / "config.yaml")
         _write_source(job, folder, notes)

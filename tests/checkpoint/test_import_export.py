@@ -287,3 +287,25 @@ def test_a_model_that_was_never_imported(converted):
     # The tower's last layer was never built: transformers makes one up, and says so.
     _, report = transformers.SiglipVisionModel.from_pretrained(out / "vision_tower", output_loading_info=True)
     assert all("layers.2." in name or "post_layernorm" in name for name in report["missing_keys"]) and not report["unexpected_keys"]
+
+
+def test_a_checkpoint_that_is_not_its_configuration_is_not_exported(converted, tmp_path):
+    import shutil
+
+    from megatron_longvila import config_io
+    from megatron_longvila.checkpoint.exporting import ExportOptions, plan
+    from megatron_longvila.checkpoint.sharded import mark_complete
+
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(converted / "vila_llama_fp32" / "checkpoint", folder)
+    config = config_io.load(folder / "config.yaml")
+    llm = replace(config.model.llm, num_layers=4, tie_embeddings=True)
+    config_io.save(replace(config, model=replace(config.model, llm=llm)), folder / "config.yaml")
+    with pytest.raises(ValueError, match="config.yaml has .* bytes instead of"):
+        plan(ExportOptions(folder, tmp_path / "out", "vila"))
+    (folder / "complete.json").unlink()
+    mark_complete(folder)
+    with pytest.raises(
+        ValueError, match=r"6 tensors missing: .*layers.3.*; 1 unknown: .'language_model.output_layer.weight'.; 0 of another"
+    ):
+        plan(ExportOptions(folder, tmp_path / "out", "vila"))
