@@ -109,7 +109,7 @@ def visiting_blocks(layout: SequenceLayout, rank: int, source: int, tile: int | 
     return tuple(_cut(blocks, tile))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def sent_rows(layout: SequenceLayout, source: int, reader: int, device: torch.device) -> slice | Tensor:
     """Rows of its share that rank `source` sends to `reader`: all, or the first chunk of every sample to the ranks after it."""
     if source > reader:

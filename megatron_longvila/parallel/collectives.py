@@ -133,7 +133,7 @@ def reduce_scatter_rows(x_SD: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class PendingRows:
-    """Rows on their way. `wait` returns them; on a GPU it makes the current stream wait, not the host."""
+    """Rows on their way. `wait` hands them over, once; on a GPU it makes the current stream wait, not the host."""
 
     def __init__(self, received: Tensor, sent: Tensor, works: list[dist.Work]):
         self._received, self._sent, self._works = received, sent, works  # `sent` must outlive the transfer
@@ -141,8 +141,9 @@ class PendingRows:
     def wait(self) -> Tensor:
         for work in self._works:
             work.wait()
-        self._works, self._sent = [], None
-        return self._received
+        received = self._received
+        self._works, self._sent, self._received = [], None, None
+        return received
 
 
 def start_gather_rows(x_TD: Tensor, group: ProcessGroup) -> PendingRows:
