@@ -17,7 +17,7 @@ from programs import ROOT, environment, preprocess, start
 pytestmark = pytest.mark.end_to_end
 
 CONVERT = [sys.executable, ROOT / "tools" / "convert_checkpoint.py"]
-# The tiny model on a CPU. A frame costs 4 tokens and a newline, which the tokenizer spells in one.
+# The tiny model on a CPU: a frame costs 4 tokens, or 9 with the odd grid, and a newline. One video a row.
 SMALL = [
     "--data.context_length", "96", "--data.global_batch_size", "2", "--data.video.num_frames", "7", "--training.precision", "fp32",
     "--training.recompute", "none", "--training.recompute_vision", "false", "--optimizer.lr", "0.001",
@@ -88,7 +88,7 @@ def test_stage_1_from_separate_parts(rows, tmp_path):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "megatron_longvila.train",
         "--config", start_from / "config.yaml", "--config", ROOT / "examples/stages/stage1_alignment.yaml", *SMALL,
         "--checkpoint.load", start_from, "--data.train", json.dumps([str(tmp_path / "dataset")]), "--output_dir", tmp_path / "run",
-        "--parallel.tp_size", 2, "--training.epochs", 3, "--data.tokenizer", start_from / "source" / "llm",
+        "--parallel.tp_size", 2, "--training.epochs", 3, "--data.context_length", 160, "--data.tokenizer", start_from / "source" / "llm",
     )  # fmt: skip
     checkpoints = tmp_path / "run" / "checkpoints"
     trained = checkpoints / (checkpoints / "latest").read_text().strip()
