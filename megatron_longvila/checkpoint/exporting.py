@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_longvila import config_io
 from megatron_longvila.checkpoint import export_settings
 from megatron_longvila.checkpoint.hf import BESIDE_VISION, EXTRA_ROWS, Rule, flat_name, full_shapes, rules, split
-from megatron_longvila.checkpoint.importing import Progress, check_output, check_space, written_aside
+from megatron_longvila.checkpoint.importing import Progress, check_output, check_space, what_breaks, written_aside
 from megatron_longvila.checkpoint.layouts import LLAVA_NAMES
 from megatron_longvila.checkpoint.lora import adapted, merged_weight
 from megatron_longvila.checkpoint.origin import IMPORTED, PASSENGERS
@@ -123,8 +123,9 @@ def run(job: ExportJob, progress: Progress = lambda num_bytes: None) -> list[str
         produced.passengers()
         writers.close()
     vision = job.config.model.vision
+    path = job.options.input / PASSENGERS
     if job.options.drop_passengers:
-        notes.append(_what_breaks(job))
+        notes.append(what_breaks(SafetensorsFile(path).infos) if path.exists() else "there are no passengers to drop")
     elif job.options.format != "llm" and not job.passengers and vision.built_layers < vision.num_layers:
         notes.append(
             f"the checkpoint never had the tower's layers from {vision.built_layers} on, which do not reach the loss: transformers "
@@ -272,15 +273,3 @@ def _llava_names(job: ExportJob) -> Mapping[str, str]:
 
 def _repeats_table(job: ExportJob) -> bool:
     return job.config.model.llm.tie_embeddings and _HEAD in job.infos
-
-
-def _what_breaks(job: ExportJob) -> str:
-    path = job.options.input / PASSENGERS
-    if not path.exists():
-        return "there are no passengers to drop"
-    names = sorted(SafetensorsFile(path).infos)
-    return (
-        f"left out {len(names)} tensors that do not reach the loss: {names}. The export is not what was imported: transformers initialises "
-        "the tower's missing layers at random (the features of the selected layer do not depend on them), its pooled output means nothing, "
-        "and vocabulary rows beyond vocab_size are gone"
-    )

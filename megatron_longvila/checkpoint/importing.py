@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,9 +145,21 @@ def run(job: ImportJob, progress: Progress = lambda num_bytes: None) -> list[str
         config_io.save(job.config, folder / "config.yaml")
         _write_source(job, folder, notes)
         mark_complete(folder)
+    if job.options.drop_passengers:
+        notes.append(what_breaks(_passenger_infos(job.source, job.plan, job.config)))
     if bad:
         notes.append(f"{len(bad)} tensors have NaN or infinite elements, and were imported as they are: {bad}")
     return notes
+
+
+def what_breaks(names: Iterable[str]) -> str:
+    """What leaving out these passengers means."""
+    names = sorted(names)
+    return (
+        f"left out {len(names)} tensors that do not reach the loss: {names}. An export is not what was imported: transformers initialises "
+        "the tower's missing layers at random (the features of the selected layer do not depend on them), its pooled output means nothing, "
+        "and vocabulary rows beyond vocab_size are gone"
+    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import LINEAR_SCALING, ODD_GRID, VOCAB_SIZE, read_json, save_llava, save_llm, save_siglip, save_vila, write_json
+from hf_models import LINEAR_SCALING, ODD_GRID, VOCAB_SIZE, image_token, read_json, save_llava, save_llm, save_siglip, save_vila, write_json
 from imported import export_folder, import_folder
 from safetensors.torch import load_file, save_file
 
@@ -213,6 +213,8 @@ def test_llava_becomes_vila_and_a_bare_decoder(converted):
 
 
 def test_vila_without_a_merge_becomes_llava_and_comes_back(converted):
+    import transformers
+
     from megatron_longvila import config_io
     from megatron_longvila.checkpoint.streaming import DistributedTensors
 
@@ -221,6 +223,12 @@ def test_vila_without_a_merge_becomes_llava_and_comes_back(converted):
     assert_same_tensors({name: before.read(name) for name in before.infos}, {name: after.read(name) for name in after.infos})
     before, after = (config_io.load(folder / "config.yaml").model for folder in folders)
     assert before == after
+    model, report = transformers.AutoModelForImageTextToText.from_pretrained(converted / "vila_as_llava", output_loading_info=True)
+    assert (
+        not report["missing_keys"]
+        and not report["unexpected_keys"]
+        and model.config.image_token_id == image_token(folders[0] / "source/llm")
+    )
 
 
 def test_flat_vision_names_on_request(converted):
@@ -262,8 +270,12 @@ def test_only_keys_that_training_changed_differ(converted, tmp_path):
 
 
 def test_dropped_passengers_are_named(converted, tmp_path):
+    from megatron_longvila.checkpoint import importing
     from megatron_longvila.checkpoint.exporting import ExportOptions, plan, run
 
+    options = importing.ImportOptions(converted / "vila_spare_rows" / "source", tmp_path / "in", drop_passengers=True)
+    (notes,) = run_ranks(lambda rank: importing.run(importing.plan(options)), 1)
+    assert "left out 32 tensors" in notes[-1] and not (tmp_path / "in" / "passengers.safetensors").exists()
     notes = run(plan(ExportOptions(converted / "vila_spare_rows" / "checkpoint", tmp_path / "out", "vila", drop_passengers=True)))
     assert "encoder.layers.2.mlp.fc1.bias" in notes[-1] and "initialises the tower's missing layers at random" in notes[-1]
     before, after = tensors_of(converted / "vila_spare_rows" / "source"), tensors_of(tmp_path / "out")
