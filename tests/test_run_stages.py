@@ -257,6 +257,12 @@ def test_refused_before_anything_starts(case: str, place) -> None:
     assert not place.output.exists()
 
 
+def test_parts_that_are_not_taken_over_need_not_fit(place) -> None:
+    place.chain["stages"][0]["flags"] = {"model.llm.ffn_hidden_size": 256}
+    place.chain["stages"][1]["flags"] |= {"checkpoint.load_parts": ["vision"]}
+    assert place.run() == 0
+
+
 def test_refused_flags(place) -> None:
     assert "no stage 'four', only one, two, three" in place.refused("--stages.four.optimizer.lr", "1")
     assert "--checkpoint.load is set by the chain itself" in place.refused("--checkpoint.load", "x")

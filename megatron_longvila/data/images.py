@@ -35,7 +35,10 @@ def open_image(source: bytes | str | Path | ByteRange, limits: MediaLimits = DEF
                 if image.width * image.height > max_pixels:
                     raise MediaError(f"has {image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
                 orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-                return _to_rgb(ImageOps.exif_transpose(image)), _EXIF_ROTATION.get(orientation, 0)
+                image.load()
+                # Neither exif_transpose nor convert where there is nothing to do: both copy, which takes longer than decoding a JPEG.
+                upright = image if orientation == 1 else ImageOps.exif_transpose(image)
+                return _to_rgb(upright), _EXIF_ROTATION.get(orientation, 0)
         except MediaError:
             raise
         except Image.DecompressionBombError:
@@ -54,11 +57,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (*_BACKGROUND, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def to_square(image: Image.Image, image_size: int, preprocess: str) -> np.ndarray:
-    """uint8 [S, S, 3] of an RGB image by Pillow's bicubic filter: stretched (`resize`), or padded to a square first (`pad`)."""
+def to_square(picture: Image.Image | np.ndarray, image_size: int, preprocess: str) -> np.ndarray:
+    """uint8 [S, S, 3] of an RGB picture (uint8 [H, W, 3]) by Pillow's bicubic filter: stretched (`resize`), or padded to a square first
+    (`pad`). An array that has the size already is returned as it is."""
+    if isinstance(picture, np.ndarray):
+        if picture.shape[:2] == (image_size, image_size):
+            return picture
+        picture = Image.fromarray(picture)
+    image = picture
     if preprocess == "pad":
         image = pad_to_square(image)
     if image.size != (image_size, image_size):

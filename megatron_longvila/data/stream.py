@@ -104,13 +104,13 @@ class VideoStream:
     def upright_size(self) -> tuple[int, int]:
         """(width, height) of the first frame that decodes, as it is meant to be seen. Raises MediaError when none does."""
         for index in range(min(self.timeline.num_frames, 32)):  # a stream may begin with a few damaged frames
-            sizes = self.read([index], lambda frame: self.to_image(frame).size)
+            sizes = self.read([index], lambda frame: self.to_rgb(frame).shape[1::-1])
             if sizes:
                 return sizes[index]
         raise MediaError("has a video track, but its first frames do not decode")
 
-    def to_image(self, frame: av.VideoFrame, size: tuple[int, int] | None = None) -> Image.Image:
-        """Upright RGB picture; `size` (width, height before rotation) lets the decoder's scaler resize it."""
+    def to_rgb(self, frame: av.VideoFrame, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Upright picture, uint8 [H, W, 3]; `size` (width, height before rotation) lets the decoder's scaler resize it."""
         if frame.width * frame.height > self._limits.max_pixels:
             raise MediaError(f"has a frame of {frame.width} x {frame.height} pixels, more than max_pixels={self._limits.max_pixels}")
         if size is None:
@@ -120,8 +120,7 @@ class VideoStream:
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is not None:
             self.rotation, self._transpose = _orientation(np.frombuffer(bytes(matrix), np.int32))
-        image = Image.fromarray(rgb_HW3)
-        return image if self._transpose is None else image.transpose(self._transpose)
+        return rgb_HW3 if self._transpose is None else np.array(Image.fromarray(rgb_HW3).transpose(self._transpose))
 
     def read(self, indices: list[int], convert: Callable[[av.VideoFrame], object]) -> dict[int, object]:
         """`convert(frame)` of each sorted index; frames that do not decode, or only with errors, are missing from the result."""

@@ -196,7 +196,7 @@ class _Reader:
         if outside:
             raise MediaError(f"has {num_frames} frames, but frame {outside[0]} was asked for; preprocess it again if it changed")
         if self._images is None:
-            convert = self._convert_fast if self._fast else lambda frame: self._square(self._stream.to_image(frame))
+            convert = self._convert_fast if self._fast else lambda frame: self._square(self._stream.to_rgb(frame))
             pictures = self._stream.read(indices, convert)
         else:
             pictures = self._read_images(indices)
@@ -214,15 +214,15 @@ class _Reader:
                     raise  # the reason of a bad image is worth more than "no frame decodes"
         return pictures
 
-    def _square(self, image) -> np.ndarray:
-        return to_square(image, self._size, self._preprocess)
+    def _square(self, picture) -> np.ndarray:
+        return to_square(picture, self._size, self._preprocess)
 
     def _convert_fast(self, frame) -> np.ndarray:
         scale = self._size / max(frame.width, frame.height)
         inner = (self._size, self._size)
         if self._preprocess == "pad":
             inner = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
-        return self._square(self._stream.to_image(frame, inner))
+        return self._square(self._stream.to_rgb(frame, inner))
 
 
 def _probe_frames(source: list, fps: float | None, deadline: Deadline, limits: MediaLimits) -> MediaFacts:

@@ -318,10 +318,12 @@ def _check_merge(stage: Stage, config: Config, merges: bool, *, is_last: bool) -
 
 
 def _check_fit(before: Planned, config: Config) -> None:
-    """The weights of the stage before must fit."""
+    """The weights that are taken from the stage before must fit."""
     old, new = flatten(to_dict(before.config)), flatten(to_dict(config))
     wrong = [
-        f"{name} is {old[name]!r} there and {new[name]!r} here" for name in new if STRUCTURAL.fullmatch(name) and old[name] != new[name]
+        f"{name} is {old[name]!r} there and {new[name]!r} here"
+        for name in new
+        if STRUCTURAL.fullmatch(name) and old[name] != new[name] and name.split(".")[1] in config.checkpoint.load_parts
     ]
     if wrong:
         raise ValueError(f"the weights of stage {before.stage.name} do not fit: {', '.join(wrong)}; use one model in all stages")

@@ -93,8 +93,8 @@ def test_rotated_video_is_upright(rotation, fast_resize):
 
 def test_only_wanted_frames_are_converted_and_files_are_closed(monkeypatch, tmp_path):
     converted = []
-    to_image = VideoStream.to_image
-    monkeypatch.setattr(VideoStream, "to_image", lambda self, frame, *size: converted.append(frame.pts) or to_image(self, frame, *size))
+    to_rgb = VideoStream.to_rgb
+    monkeypatch.setattr(VideoStream, "to_rgb", lambda self, frame, *size: converted.append(frame.pts) or to_rgb(self, frame, *size))
     path = tmp_path / "clip.bin"  # the name says nothing
     path.write_bytes(video_bytes())
     decode_frames(path, [3, 17, 30], image_size=16)
