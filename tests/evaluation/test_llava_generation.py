@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from imported import export_folder, import_folder
+from PIL import Image
 
 from ranks import run_ranks
 
@@ -71,18 +72,16 @@ def test_transformers_generates_the_same_tokens(tmp_path):
         model, loading = transformers.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
         assert type(model).__name__ == "LlavaForConditionalGeneration"
         assert not loading["missing_keys"] and not loading["mismatched_keys"], loading
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        preprocess = transformers.AutoImageProcessor.from_pretrained(folder)
-        image_token = tokenizer.convert_tokens_to_ids("<image>")
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
         assert model.config.image_token_id == image_token
         for num_frames in NUM_FRAMES:
-            pictures = list(frames(num_frames, image_size).numpy())
-            pixels = preprocess(pictures, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+            pictures = [Image.fromarray(picture) for picture in frames(num_frames, image_size).numpy()]
+            said = processor(text="<image>\n" * num_frames, images=pictures, return_tensors="pt")
             tokens_per_frame = (image_size // hf_models.PATCH_SIZE) ** 2
+            assert (said["input_ids"] == image_token).sum() == num_frames * tokens_per_frame
             ids = torch.from_numpy(prompt(image_token, num_frames, tokens_per_frame, 10))[None]
-            generated = model.generate(
-                input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
-                eos_token_id=None,
-            )  # fmt: skip
+            inputs = dict(input_ids=ids, pixel_values=said["pixel_values"], attention_mask=torch.ones_like(ids))
+            generated = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None)
             assert generated[0, ids.shape[1] :].tolist() == ours[projector, num_frames], (projector, num_frames)
         assert len(set(ours[projector, 7])) > 1 or len(set(ours[projector, 1])) > 1  # more than one token said again and again
