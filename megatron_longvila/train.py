@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         # One queue to the GPU: Megatron's tensor-parallel collectives overlap with the matrix products only if they start in program order.
         # Only CUDA reads it, once, when it starts: it must be set before torch is imported.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if config.parallel.ring_size > 1:
+        # A transfer that starts beside a running attention kernel must not wait until the last block of that kernel has found its place.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from megatron_longvila.training.loop import train

@@ -64,5 +64,6 @@ def _draw(bars, lines, rows: list[dict], title: str) -> None:
     lines.set(title="fraction of no communication", xlabel="tokens", xscale="log")
     lines.set_xticks(lengths, labels)
     lines.minorticks_off()
+    bars.set_ylim(0, 1.5 * max(speed.values()))  # room for the legend
     bars.legend(fontsize=7, ncols=2)
     lines.grid(alpha=0.3)

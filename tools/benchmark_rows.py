@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform as python_platform
 import shlex
 import sys
@@ -73,7 +74,8 @@ def machine() -> dict:
         versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
     peers_here = {"triton", "transformer_engine", "ring_flash_attn", "yunchang"}
     versions |= {name: version for name, version in _distributions() if name in peers_here}
-    return {"device": platform.device_name(), "ranks": dist.get_world_size(), "versions": versions}
+    priority = os.environ.get("TORCH_NCCL_HIGH_PRIORITY", "0")
+    return {"device": platform.device_name(), "ranks": dist.get_world_size(), "versions": versions, "nccl_high_priority": priority}
 
 
 def _distributions() -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import attention_peers as peers  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from benchmark_attention import count, emulate_hosts  # noqa: E402
+from benchmark_attention import count, prepare_nccl  # noqa: E402
 from benchmark_rows import machine  # noqa: E402
 
 from megatron_longvila import platform  # noqa: E402
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if platform.is_cpu():
         raise ValueError("a trace needs GPUs; there is none here")
-    emulate_hosts(arguments.hosts)
+    prepare_nccl(arguments.hosts)
     platform.init_distributed(600)
     num_heads, num_kv_heads = map(int, arguments.heads.split("/"))
     case = peers.Case(num_heads, num_kv_heads, 128, (arguments.length,), torch.bfloat16)
