@@ -66,7 +66,7 @@ def measure(config: Config, work: Path) -> dict:
     bring_out = step(command, num_bytes)
     found = {"gib": num_bytes / 2**30, "input_in_page_cache": cached, "cp_and_sync": copy, "import": bring_in, "export": bring_out}
     for name in ("import", "export"):
-        found[name]["rate_over_cp"] = found[name]["mib_per_s"] / copy["mib_per_s"]
+        found[name]["rate_over_cp"] = round(found[name]["mib_per_s"] / copy["mib_per_s"], 2)
     return found
 
 
@@ -95,7 +95,7 @@ def generate(config: Config, folder: Path) -> int:
 
 
 def step(command: list[str], num_bytes: int) -> dict[str, float]:
-    """Run a command; seconds, rate and the largest RssAnon seen."""
+    """Run a command; seconds, rate, the largest RssAnon seen, and the load of the machine at the end (1: nothing else ran)."""
     start, peak = time.perf_counter(), 0
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -104,7 +104,8 @@ def step(command: list[str], num_bytes: int) -> dict[str, float]:
     if process.returncode:
         raise SystemExit(f"{command} failed with {process.returncode}")
     seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 2), "mib_per_s": round(num_bytes / 2**20 / seconds, 1), "peak_rss_anon_gib": round(peak / 2**30, 3)}
+    rate, load = round(num_bytes / 2**20 / seconds, 1), round(os.getloadavg()[0], 1)
+    return {"seconds": round(seconds, 2), "mib_per_s": rate, "peak_rss_anon_gib": round(peak / 2**30, 3), "load_average": load}
 
 
 def anonymous_bytes(pid: int) -> int:

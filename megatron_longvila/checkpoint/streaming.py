@@ -7,7 +7,6 @@ The files hold pickled Python objects: load only checkpoints you trust.
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -102,7 +101,7 @@ class _StreamingStrategy(SaveShardedStrategy):
                     torch.save(self._tensor(entry), stream)
                 length = stream.tell() - begin
                 results.append(WriteResult(MetadataIndex(key, offset), length, _StorageInfo(_FILE, begin, length)))
-            os.fsync(stream.fileno())
+            stream.finish()
         dcp.FileSystemWriter(checkpoint_dir).finish(Metadata(described), [results])
 
     def _tensor(self, entry: ShardedTensor) -> Tensor:
