@@ -196,8 +196,8 @@ def _image_token(job: ExportJob, folder: Path) -> int:
         token = next((entry["id"] for entry in added if entry["content"] == _IMAGE), -1)
     if not 0 <= token < rows:
         raise ValueError(
-            f"LLaVA needs an id below {rows} (rows of the embedding) that stands for an image; {_IMAGE} has "
-            f"{token if token >= 0 else 'none'} in the tokenizer: say which with --image_token_id N, one that no text gives"
+            f"LLaVA needs an id below {rows} (rows of the embedding) that stands for an image; found "
+            f"{token if token >= 0 else f'no {_IMAGE} in the tokenizer'}: say which with --image_token_id N, one that no text gives"
         )
     return token
 

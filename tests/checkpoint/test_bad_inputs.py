@@ -288,3 +288,10 @@ def test_nothing_half_written_is_left(tmp_path):
 def test_full_disk_is_refused_with_both_numbers(tmp_path):
     with pytest.raises(ValueError, match=r"has [\d.]+ GiB free, out needs 1034240.00"):
         check_space(tmp_path / "out", 1000 << 40)
+
+
+def test_images_in_tiles_are_noted(copy):
+    folder = copy("vila")
+    edit(folder / "config.json", image_aspect_ratio="dynamic")
+    source = plan(ImportOptions(folder, folder.parent / "output")).source
+    assert "cuts images (not video frames) into tiles" in source.notes[0] and source.model.vision.preprocess == "resize"

@@ -321,3 +321,9 @@ def test_a_checkpoint_that_is_not_its_configuration_is_not_exported(converted, t
         ValueError, match=r"6 tensors missing: .*layers.3.*; 1 unknown: .'language_model.output_layer.weight'.; 0 of another"
     ):
         plan(ExportOptions(folder, tmp_path / "out", "vila"))
+
+
+def test_an_image_needs_a_row_of_the_embedding(converted, tmp_path):
+    with pytest.raises(ValueError, match="an id below 420 .*; found 10000: say which with --image_token_id"):
+        export_folder(converted / "vila_linear_scaling" / "checkpoint", tmp_path / "out", "llava", image_token_id=10_000)
+    assert not list(tmp_path.iterdir())
