@@ -76,9 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     counts = {"long-6000": arguments.long_6000, "long-1536": arguments.long_1536, "long-512": arguments.long_512, "short": arguments.short}
     tasks: dict[str, list[Task]] = {
         "needles": [(World.write_needles, out, (seed, 2), scale, (arguments.needles, arguments.haystack_frames))],
-        "passages": [
-            passage_task(length, round(arguments.passages * many), out, seed) for length, many in reversed(PASSAGES.items())
-        ],
+        "passages": [passage_task(length, round(arguments.passages * many), out, seed) for length, many in reversed(PASSAGES.items())],
         **{name: video_tasks(name, count, out, seed, scale) for name, count in counts.items()},
         "images": [
             (World.write_images, out, (seed, 4, first), scale, (min(PART, arguments.images - first), first))
