@@ -207,7 +207,7 @@ def draw(summary: dict, path: Path) -> None:
 
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, constrained_layout=True)
     baseline = summary["runs"].get(BASELINE, {}).get("loss")
-    styles = {BASELINE: "-", DATA_PARALLEL: "--", MM_SP: ":"}
+    styles = {BASELINE: "-", DATA_PARALLEL: "--", MM_SP: ":", "ulysses2": "--", "ring2": ":"}
     for name, run in summary["runs"].items():
         steps = range(1, len(run["loss"]) + 1)
         if name in styles:
