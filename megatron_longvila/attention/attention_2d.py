@@ -26,7 +26,7 @@ def attention_2d(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, call: RingCall, ul
     if size == 1:
         return _Attention2D.apply(call, None, q_TNH, k_TKH, v_TKH)
     packed = pack_heads((q_TNH, k_TKH, v_TKH), size)
-    return call.kernels.unpack_heads(_Attention2D.apply(call, ulysses, packed, *head_counts(packed, q_TNH.shape[1] // k_TKH.shape[1])))
+    return _Attention2D.apply(call, ulysses, packed, *head_counts(packed, q_TNH.shape[1] // k_TKH.shape[1]))
 
 
 def packed_attention_2d(packed_UTMH: Tensor, num_queries_per_key: int, call: RingCall, ulysses: ProcessGroup | None) -> Tensor:
@@ -34,12 +34,15 @@ def packed_attention_2d(packed_UTMH: Tensor, num_queries_per_key: int, call: Rin
     heads = head_counts(packed_UTMH, num_queries_per_key)
     if call.layout.ulysses_size == 1:
         return _Attention2D.apply(call, None, *packed_UTMH.squeeze(0).split((heads[0], heads[1], heads[1]), dim=1))
-    return call.kernels.unpack_heads(_Attention2D.apply(call, ulysses, packed_UTMH, *heads))
+    return _Attention2D.apply(call, ulysses, packed_UTMH, *heads)
 
 
 class _Attention2D(torch.autograd.Function):
     """Without a ulysses group: (q, k, v) -> out, all [S, heads, H]. With one: (send buffer [U, T, M, H], query and key heads in it)
-    -> [U, T, N/U, H], the heads of each rank for the own rows."""
+    -> out_TNH.
+
+    Packing and unpacking of the output and its gradient are inside, so that what is sent lives no longer than its transfer.
+    """
 
     @staticmethod
     def forward(ctx, call: RingCall, ulysses: ProcessGroup | None, *inputs) -> Tensor:
@@ -52,7 +55,9 @@ class _Attention2D(torch.autograd.Function):
             q, k, v = start_exchange_blocks(packed, ulysses).wait().flatten(0, 1).split((num_queries, num_keys, num_keys), dim=1)
         out, lse, kept = attend(q, k, v, call)
         ctx.save_for_backward(q, k, v, out, lse, *kept)
-        return out if ulysses is None else start_exchange_blocks(out.unflatten(0, (ulysses.size(), -1)), ulysses).wait()
+        if ulysses is None:
+            return out
+        return call.kernels.unpack_heads(start_exchange_blocks(out.unflatten(0, (ulysses.size(), -1)), ulysses).wait())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -61,8 +66,12 @@ class _Attention2D(torch.autograd.Function):
         if ctx.ulysses is None:
             grad_out = grad_out.contiguous()  # a summed loss sends an expanded scalar, which kernels cannot read
             return None, None, *gradients(grad_out, saved, kept, ctx.call)
-        grad_out = start_exchange_blocks(grad_out, ctx.ulysses).wait().flatten(0, 1)
-        q, k, v = saved[:3]
-        buffer = q.new_empty(q.shape[0], q.shape[1] + 2 * k.shape[1], q.shape[2])
-        gradients(grad_out, saved, kept, ctx.call, into=buffer.split((q.shape[1], k.shape[1], v.shape[1]), dim=1))
-        return None, None, start_exchange_blocks(buffer.unflatten(0, (ctx.ulysses.size(), -1)), ctx.ulysses).wait(), None, None
+        size = ctx.ulysses.size()
+        grad_out = start_exchange_blocks(_by_rank(grad_out, size, ctx.call), ctx.ulysses).wait().flatten(0, 1)
+        packed = gradients(grad_out, saved, kept, ctx.call, packed=True)
+        return None, None, start_exchange_blocks(packed.unflatten(0, (size, -1)), ctx.ulysses).wait(), None, None
+
+
+def _by_rank(x_TNH: Tensor, size: int, call: RingCall) -> Tensor:
+    """[T, N, H] -> [U, T, N/U, H], contiguous: the adjoint of `unpack_heads`, which is the same swap of two axes."""
+    return call.kernels.unpack_heads(x_TNH.unflatten(1, (size, -1))).unflatten(1, (x_TNH.shape[0], -1))

@@ -182,22 +182,22 @@ def attend(q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, call: RingCall) -> tuple
 
 
 def gradients(
-    grad_out: Tensor, saved: tuple[Tensor, ...], kept: list[Tensor], call: RingCall, into: tuple[Tensor, Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, saved: tuple[Tensor, ...], kept: list[Tensor], call: RingCall, packed: bool = False
+) -> tuple[Tensor, ...] | Tensor:
     """Gradients of `attend`.
 
     Args:
         saved: (q, k, v, out, lse) of the forward call; kept: what it received.
-        into: where to write the result; new tensors by default.
+        packed: return one tensor, as the ulysses all-to-all sends it.
 
     Collectives: none for R = 1, one all-to-all with `all_gather`, R-1 exchanges between pairs for each group of heads with `p2p`.
 
     Returns:
-        (dq_SNH, dk_SKH, dv_SKH) in the dtype of q.
+        (dq_SNH, dk_SKH, dv_SKH) in the dtype of q; with `packed` these side by side, [S, N + 2K, H].
     """
     q, k, v = saved[:3]
     if call.layout.ring_size == 1:
-        return _own_gradients(grad_out, saved, call, into)
+        return _own_gradients(grad_out, saved, call, packed)
     visits = planned_visits(call.layout, call.rank, call.transport, k.shape[1])
     dq_parts, returning = [], []
     for kv, visit in zip(kept, visits, strict=True):
@@ -209,13 +209,15 @@ def gradients(
                 part.copy_(grad)
             dq_parts.append((block.q, heads, dq))
         returning.append(_send_dkv(dkv, visit, call))
-    dq, dk, dv = (x.to(accumulation_dtype(q.dtype)) for x in _own_gradients(grad_out, saved, call, None))  # while gradients travel
+    dq, dk, dv = (x.to(accumulation_dtype(q.dtype)) for x in _own_gradients(grad_out, saved, call))  # while gradients travel
     for rows, heads, part in dq_parts:
         dq[rows, heads] += part
     for visit, pending in zip(visits, returning, strict=True):
         _add_dkv((dk[:, visit.kv_heads], dv[:, visit.kv_heads]), pending.wait(), visit, call)
-    into = into or tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return tuple(target.copy_(result) for target, result in zip(into, (dq, dk, dv), strict=True))
+    result, parts = _room(q, k, packed)
+    for part, grad in zip(parts, (dq, dk, dv), strict=True):
+        part.copy_(grad)
+    return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,16 +331,26 @@ def _block_gradients(
     return call.backend.backward(grad_out, q, *keys, out, lse, causal=block.causal, scale=call.scale)
 
 
-def _own_gradients(grad_out: Tensor, saved: tuple[Tensor, ...], call: RingCall, into) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the causal blocks on the own rows, in the dtype of q, written to `into` if given."""
+def _own_gradients(grad_out: Tensor, saved: tuple[Tensor, ...], call: RingCall, packed: bool = False) -> tuple[Tensor, ...] | Tensor:
+    """Gradients of the causal blocks on the own rows, in the dtype of q; see `gradients`."""
     q, k, v = saved[:3]
     blocks = own_blocks(call.layout)  # never cut: kernels lose no speed on long blocks in backward
     if len(blocks) == 1:
         grads = _block_gradients(grad_out, saved, blocks[0], (k, v), call)
-        return grads if into is None else tuple(target.copy_(grad) for target, grad in zip(into, grads, strict=True))
-    into = into or tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        return torch.cat(grads, dim=1) if packed else grads  # there is room only now that the kernel's workspace is free again
+    result, parts = _room(q, k, packed)
     for block in blocks:
         grads = _block_gradients(grad_out, saved, block, (k[block.k], v[block.k]), call)
-        for target, grad in zip(into, grads, strict=True):
-            target[block.q] = grad
-    return into
+        for part, grad in zip(parts, grads, strict=True):
+            part[block.q] = grad
+    return result
+
+
+def _room(q: Tensor, k: Tensor, packed: bool) -> tuple[tuple[Tensor, ...] | Tensor, tuple[Tensor, ...]]:
+    """(what `gradients` returns, not yet written; its parts dq, dk and dv)."""
+    heads = (q.shape[1], k.shape[1], k.shape[1])
+    if packed:
+        result = q.new_empty(q.shape[0], sum(heads), q.shape[2])
+        return result, result.split(heads, dim=1)
+    parts = tuple(q.new_empty(q.shape[0], num_heads, q.shape[2]) for num_heads in heads)
+    return parts, parts
