@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Raw = dict[str, Any]
 
 _PREPROCESSOR = "preprocessor_config.json"
-_LLAVA_ONLY = ("config.json", _PREPROCESSOR, "processor_config.json", "README.md")
+_PROCESSOR = "processor_config.json"
+_LLAVA_ONLY = ("config.json", _PREPROCESSOR, _PROCESSOR, "README.md")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*")
 _IMAGE = "<image>"
 
@@ -48,6 +49,8 @@ def _write_vila(job: ExportJob, folder: Path) -> list[str]:
         for part in after:
             if root.get(f"{part}_cfg") and isinstance(root[f"{part}_cfg"], dict):
                 root[f"{part}_cfg"] = root[f"{part}_cfg"] | _changes(before[part], after[part])
+        if (raw.get("image_aspect_ratio") == "pad") != (job.config.model.vision.preprocess == "pad"):
+            root["image_aspect_ratio"] = job.config.model.vision.preprocess
         if "model_dtype" in root and _is_other_dtype(job, "llm"):
             root["model_dtype"] = f"torch.{_dtype(job, 'llm')}"
         after = {part: content for part, content in after.items() if (folder / part / "config.json").exists()}
@@ -72,14 +75,16 @@ def _write_llava(job: ExportJob, folder: Path) -> list[str]:
         _copy(source, folder)
     else:
         _copy_tokenizer(job, folder)
-    llm, vision = _llm(job), _vision(job)
+    llm, vision, notes = _llm(job), _vision(job), _notes_on_files(job)
     if layout == "llava":
         before = read_json(source / "config.json")
         after = before | {"text_config": before.get("text_config", {}) | _changes(_raw_llm(job) or {}, llm)}
         after["vision_config"] = before.get("vision_config", {}) | _changes(_raw_vision(job) or {}, vision)
         _set_dtype(after, job, "llm")
         if job.options.image_token_id >= 0:
-            after[_image_key(before)] = job.options.image_token_id
+            after[_image_key(before)] = token = _image_token(job, folder)
+            if (folder / _PROCESSOR).exists():
+                write_json(folder / _PROCESSOR, read_json(folder / _PROCESSOR) | {"image_token": _image_text(folder, token, notes)})
     else:
         before, token = {}, _image_token(job, folder)
         after = {
@@ -90,13 +95,15 @@ def _write_llava(job: ExportJob, folder: Path) -> list[str]:
             "vision_feature_layer": model.vision.select_layer, "vision_feature_select_strategy": "full",
             "tie_word_embeddings": model.llm.tie_embeddings, "torch_dtype": _dtype(job, "llm"),
         }  # fmt: skip
-        processor = {"image_token": _IMAGE, "num_additional_image_tokens": 0, "patch_size": model.vision.patch_size}
-        write_json(
-            folder / "processor_config.json", processor | {"processor_class": "LlavaProcessor", "vision_feature_select_strategy": "full"}
-        )
+        processor = {
+            "image_token": _image_text(folder, token, notes), "num_additional_image_tokens": 0, "patch_size": model.vision.patch_size,
+            "processor_class": "LlavaProcessor", "vision_feature_select_strategy": "full",
+        }  # fmt: skip
+        write_json(folder / _PROCESSOR, processor)
     _write_if_other(folder / "config.json", before, after)
     _write_preprocessor(job, folder)
-    notes = _notes_on_files(job)
+    if model.vision.preprocess == "pad":
+        notes.append("in training images were padded to squares (model.vision.preprocess=pad), which transformers does not: pad them first")
     tokens = job.options.input / TOKENS
     if tokens.exists() and read_progress(job.options.input)["step"] and read_json(tokens)["newline_ids"]:
         notes.append("in training a newline followed each frame and each image, which LLaVA does not add: write '<image>\\n' in prompts")
@@ -200,6 +207,16 @@ def _image_token(job: ExportJob, folder: Path) -> int:
             f"{token if token >= 0 else f'no {_IMAGE} in the tokenizer'}: say which with --image_token_id N, one that no text gives"
         )
     return token
+
+
+def _image_text(folder: Path, token: int, notes: list[str]) -> str:
+    """How a prompt says the id that stands for an image; `notes` gets a line if no prompt can."""
+    path = folder / "tokenizer.json"
+    added = read_json(path).get("added_tokens", []) if path.exists() else []
+    text = next((entry["content"] for entry in added if entry["id"] == token), None)
+    if text is None:
+        notes.append(f"the tokenizer has no special token with an image's id {token}: transformers' processor cannot make it from a prompt")
+    return text or _IMAGE
 
 
 def _image_key(raw: Mapping[str, Any]) -> str:

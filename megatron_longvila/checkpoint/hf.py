@@ -141,8 +141,8 @@ def fill(rule: Rule, sources: Sequence[Tensor]) -> Tensor:
 
 
 def check_tied(head: Tensor, table: Tensor) -> None:
-    """Raises ValueError if an `lm_head` that should repeat the embedding does not."""
-    if not torch.equal(head, table):
+    """Raises ValueError if an `lm_head` that should repeat the embedding does not, to the last bit: a NaN repeats itself."""
+    if head.dtype != table.dtype or head.shape != table.shape or not torch.equal(head.view(torch.uint8), table.view(torch.uint8)):
         raise ValueError(f"{_HEAD} differs from {_TABLE}, so they are not tied; set model.llm.tie_embeddings=false to keep both")
 
 

@@ -7,6 +7,7 @@ what differs, so that every key of an imported configuration comes back as it wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -62,6 +63,7 @@ _ROPE_KEYS = {
     "yarn": {"factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"},
 }
 _DEFAULT_THETA = 10_000.0
+_POSITIVE = ("rms_norm_eps", "layer_norm_eps")  # every other number is a size
 
 
 def read_llm(raw: Mapping[str, Any], where: str) -> LLMConfig:
@@ -87,6 +89,9 @@ def read_llm(raw: Mapping[str, Any], where: str) -> LLMConfig:
     merged = _LLM_DEFAULTS[architecture] | {key: value for key, value in raw.items() if value is not None}
     heads = merged["num_attention_heads"]
     merged.setdefault("num_key_value_heads", heads)
+    _check_numbers({name: merged[name] for name in _LLM_FIELDS.values() if name in merged and name != "tie_word_embeddings"}, where)
+    if heads % merged["num_key_value_heads"]:
+        raise ValueError(f"{where} has {heads} heads, which {merged['num_key_value_heads']} heads for keys and values do not divide")
     merged.setdefault("head_dim", merged["hidden_size"] // heads)
     fields = {ours: merged[theirs] for ours, theirs in _LLM_FIELDS.items()}
     base, scaling = read_rope(merged, where)
@@ -103,6 +108,8 @@ def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | 
         ValueError: the two spellings contradict each other, or the scaling is of a kind, or has a setting, that we do not have.
     """
     old, new = raw.get("rope_scaling"), raw.get("rope_parameters")
+    if any(settings and not isinstance(settings, Mapping) for settings in (old, new)):
+        raise ValueError(f"{where} has rope_scaling={old!r} and rope_parameters={new!r}; each must be an object or null")
     rope = dict(new or old or {})
     if old and new and {**old, "rope_theta": 0} != {**new, "rope_theta": 0}:
         raise ValueError(f"{where} has rope_scaling={old} and rope_parameters={new}, which are not the same; remove the wrong one")
@@ -110,6 +117,8 @@ def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | 
     if len(bases) > 1:
         raise ValueError(f"{where} has two values for rope_theta, {sorted(bases)}; remove the wrong one")
     base = bases.pop() if bases else _DEFAULT_THETA
+    if not 0 < base < math.inf:
+        raise ValueError(f"{where} has rope_theta={base}; it must be a positive number")
     kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope}
     kind = kinds.pop() if len(kinds) == 1 else "default" if not rope and not kinds else None
     if kind not in _ROPE_KEYS:
@@ -120,6 +129,8 @@ def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | 
         raise ValueError(f"{where} has rotary settings {sorted(unknown) or ['truncate']} with type {kind!r}, which are not supported")
     if kind == "default":
         return base, None
+    if "factor" not in rope or not all(isinstance(value, int | float) and value > 0 for value in rope.values()):
+        raise ValueError(f"{where} has rotary scaling {dict(new or old)}; it needs a factor, and its numbers must be positive")
     if kind != "linear":
         rope.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
     if kind == "dynamic":  # transformers looks at the maximum alone here
@@ -136,10 +147,16 @@ def read_vision(raw: Mapping[str, Any], where: str, *, select_layer: int = -2) -
     """
     if raw.get("model_type") not in VISION_TYPES:
         raise ValueError(f"{where} has model_type={raw.get('model_type')!r}; the vision tower must be SigLIP ({', '.join(VISION_TYPES)})")
-    raw = raw.get("vision_config", raw)
+    raw = _tower_settings(raw)
     activation = raw.get("hidden_act", "gelu_pytorch_tanh")
     _refuse_settings(where, {"hidden_act": activation in _GELU_TANH, "num_channels": raw.get("num_channels", 3) == 3}, raw)
     merged = _VISION_DEFAULTS | {key: value for key, value in raw.items() if value is not None}
+    _check_numbers({name: merged[name] for name in _VISION_FIELDS.values()}, where)
+    if not isinstance(select_layer, int) or not -merged["num_hidden_layers"] <= select_layer < 0:
+        raise ValueError(
+            f"{where} has {merged['num_hidden_layers']} layers, of which the feature is taken from layer {select_layer!r}; it must be a "
+            f"number from {-merged['num_hidden_layers']} to -1"
+        )
     return VisionConfig(select_layer=select_layer, **{ours: merged[theirs] for ours, theirs in _VISION_FIELDS.items()})
 
 
@@ -173,12 +190,12 @@ def write_llm(llm: LLMConfig) -> Raw:
 
 def update_vision(raw: Mapping[str, Any], vision: VisionConfig, where: str = "config.json") -> Raw:
     """As `update_llm`, for the tower; a whole SigLIP model's configuration keeps its other parts."""
-    inner = dict(raw.get("vision_config", raw))
+    inner = dict(_tower_settings(raw))
     before = read_vision(raw, where, select_layer=vision.select_layer)
     for ours, theirs in _VISION_FIELDS.items():
         if getattr(before, ours) != getattr(vision, ours):
             inner[theirs] = getattr(vision, ours)
-    return {**raw, "vision_config": inner} if "vision_config" in raw else inner
+    return {**raw, "vision_config": inner} if raw.get("vision_config") else inner
 
 
 def write_vision(vision: VisionConfig) -> Raw:
@@ -206,6 +223,22 @@ def _write_rope_(raw: Raw, llm: LLMConfig) -> None:
     else:
         raw["rope_theta"] = llm.rotary_base
         raw["rope_scaling"] = None if scaling is None else rope
+
+
+def _tower_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tower's half of a whole SigLIP's configuration, or all of a tower's own."""
+    return raw.get("vision_config") or raw
+
+
+def _check_numbers(found: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for sizes that are no positive integers, and for other numbers that are not positive."""
+    wrong = {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, bool) or not isinstance(value, int | float if name in _POSITIVE else int) or not value > 0
+    }
+    if wrong:
+        raise ValueError(f"{where} has {wrong}; sizes must be positive integers, and norms' epsilons positive numbers")
 
 
 def _refuse_settings(where: str, allowed: Mapping[str, bool], raw: Mapping[str, Any]) -> None:

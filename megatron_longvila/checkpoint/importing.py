@@ -282,6 +282,11 @@ def _write_source(job: ImportJob, folder: Path, notes: list[str]) -> None:
         shutil.copyfile(path, target)
     description = {"layout": job.source.layout, "spelling": job.source.spelling, "repeats_table": job.plan.repeats_table}
     write_json(folder / IMPORTED, description | {"dtypes": part_dtypes(job.infos), "passengers_dropped": job.options.drop_passengers})
+    if job.config.data.template not in _TEMPLATE_MARKS:
+        notes.append(
+            f"the source's files show no chat template of {' or '.join(_TEMPLATE_MARKS)}; config.yaml has data.template="
+            f"{job.config.data.template}: change it if the model expects another"
+        )
     tokenizer = folder / SOURCE / ("" if job.source.layout == "llava" else "llm")
     try:
         tokens = describe_tokens(load_tokenizer(tokenizer), job.config)

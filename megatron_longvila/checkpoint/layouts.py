@@ -150,12 +150,12 @@ def _open_vila(path: Path, raw: Mapping[str, Any], allow_pickle: bool) -> Source
     where, notes = path / "config.json", []
     folders, configs = {}, {}
     for part in PARTS:
-        folders[part], described = _part_folder(path, part, raw.get(f"{part}_cfg"), notes)
+        folders[part], described = part_folder(path, part, raw.get(f"{part}_cfg"), notes)
         file = folders[part] / "config.json"
         configs[part] = read_json(file) if file.exists() else described
         if not configs[part]:
             raise ValueError(f"{file} does not exist and {where} does not describe {part} either; download the folder again")
-    vision = read_vision(configs["vision_tower"], str(folders["vision_tower"]), select_layer=int(raw.get("mm_vision_select_layer", -2)))
+    vision = read_vision(configs["vision_tower"], str(folders["vision_tower"]), select_layer=raw.get("mm_vision_select_layer", -2))
     vision = replace(vision, preprocess=_preprocess(raw, where, notes))
     if raw.get("s2") or raw.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
         raise ValueError(
@@ -208,12 +208,15 @@ def _open_llava(path: Path, raw: Mapping[str, Any], allow_pickle: bool) -> Sourc
     activation = raw.get("projector_hidden_act", "gelu")
     if activation not in ("gelu", "linear"):
         raise ValueError(f"{where} has projector_hidden_act={activation!r}; known are gelu (mlp2x_gelu) and linear")
-    text = dict(raw.get("text_config") or {})
+    parts = {key: raw.get(key) or {} for key in ("text_config", "vision_config")}
+    if not all(isinstance(part, Mapping) for part in parts.values()):
+        raise ValueError(f"{where} has a text_config or a vision_config that is no object; download it again")
+    text = dict(parts["text_config"])
     text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings", False))
     notes: list[str] = []
     _check_preprocessor(path / _PREPROCESSOR)
     model = ModelConfig(
-        vision=read_vision(raw.get("vision_config") or {}, f"{where} (vision_config)", select_layer=layer),
+        vision=read_vision(parts["vision_config"], f"{where} (vision_config)", select_layer=layer),
         projector=ProjectorConfig("linear" if activation == "linear" else "mlp2x_gelu"),
         llm=read_llm(text, f"{where} (text_config)"),
     )
@@ -254,8 +257,16 @@ def _open_folders(folders: Mapping[str, Path], allow_pickle: bool) -> dict[str, 
     return places
 
 
-def _part_folder(path: Path, part: str, described: Any, notes: list[str]) -> tuple[Path, dict]:
-    """(folder of a part, its configuration in the root's config.json). A dict means the folder of that name, a string is a path."""
+def part_folder(path: Path, part: str, described: Any, notes: list[str]) -> tuple[Path, dict]:
+    """(folder of a part, its configuration in the root's config.json, empty if it has none there).
+
+    Args:
+        described: `{part}_cfg` of the root: an object (or nothing) means the folder of that name, a string is a path.
+        notes: gets a line for a path that does not exist any more.
+
+    Raises:
+        ValueError: there is no such folder, or `described` is something else.
+    """
     if isinstance(described, str) and described:
         for folder in (path / described, Path(described)):
             if folder.is_dir():
@@ -286,15 +297,16 @@ def _preprocess(raw: Mapping[str, Any], where: Path, notes: list[str]) -> str:
 
 
 def _check_preprocessor(path: Path) -> None:
-    """Our pixels are (x / 255 - 0.5) / 0.5 of an image resized as a whole."""
+    """Our pixels are (x / 255 - 0.5) / 0.5 of an image resized as a whole. Raises ValueError for a preprocessor that makes others."""
     if not path.exists():
         return
     raw = read_json(path)
-    wrong = {key: raw[key] for key in ("image_mean", "image_std") if key in raw and any(abs(x - 0.5) > 1e-6 for x in raw[key])}
-    if raw.get("do_center_crop"):
-        wrong["do_center_crop"] = True
+    fine = {key: raw.get(key) in (None, 0.5, [0.5], [0.5] * 3) for key in ("image_mean", "image_std")}
+    fine |= {key: raw.get(key) is not False for key in ("do_rescale", "do_normalize")}
+    fine |= {"do_center_crop": not raw.get("do_center_crop"), "rescale_factor": raw.get("rescale_factor") in (None, 1 / 255)}
+    wrong = {key: raw[key] for key, is_fine in fine.items() if not is_fine}
     if wrong:
-        raise ValueError(f"{path} has {wrong}; our frames are resized whole, with mean and deviation 0.5, as SigLIP's are")
+        raise ValueError(f"{path} has {wrong}; our frames are resized whole and scaled by 1/255, with mean and deviation 0.5, as SigLIP's")
 
 
 def _settings(folder: Path, prefix: str) -> dict[str, Path]:

@@ -68,7 +68,8 @@ class SafetensorsFile:
                 header = json.loads(stream.read(length))
                 self._begin = 8 + length
                 header.pop("__metadata__", None)
-                self._offsets = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+                ends = {name: entry["data_offsets"] for name, entry in header.items()}
+                self._offsets = {name: (int(first), int(last)) for name, (first, last) in ends.items()}
                 self.infos = {name: TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]]) for name, entry in header.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path} has a header that cannot be read ({error!r}); download it again") from None
@@ -329,7 +330,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
 
 
 def _existing(folder: Path, names: Iterable[str], what: str) -> list[Path]:
-    names = sorted(set(names))
+    names = sorted(set(map(str, names)))
     missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {missing}, {what}; download the folder again")

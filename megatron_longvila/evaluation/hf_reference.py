@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_longvila.checkpoint.layouts import PARTS, part_folder
+from megatron_longvila.checkpoint.tensor_files import PickledFile
 from megatron_longvila.parallel.plan import PLACEHOLDER_ID
 
 # Steps of each projector, with the numbers its modules have in VILA's Sequential.
@@ -148,15 +150,13 @@ class HuggingFaceModel:
         return found + (list(self.projector.keywords["weights"].values()) if isinstance(self.projector, partial) else [])
 
     def _open_vila(self, settings: dict[str, Any]) -> None:
-        places = {}
-        for part in ("llm", "vision_tower", "mm_projector"):
-            value = settings[f"{part}_cfg"]
-            places[part] = self.folder / (part if isinstance(value, dict) else value)
-            if not places[part].is_dir():
-                raise ValueError(f"{self.folder}: {part}_cfg leads to {places[part]}, which is no folder; put the part there")
+        places, described = {}, {}
+        for part in PARTS:
+            places[part], described[part] = part_folder(self.folder, part, settings.get(f"{part}_cfg"), [])
         self.language_model = self._load("AutoModelForCausalLM", places["llm"])
         self._open_tower(places["vision_tower"], settings.get("mm_vision_select_layer", -2))
-        kind = read_settings(places["mm_projector"])["mm_projector_type"]
+        is_there = (places["mm_projector"] / "config.json").exists()
+        kind = (read_settings(places["mm_projector"]) if is_there else described["mm_projector"]).get("mm_projector_type")
         if kind not in _PROJECTORS:
             raise ValueError(f"{places['mm_projector']} has mm_projector_type={kind!r}; known are {', '.join(_PROJECTORS)}")
         weights = {name: tensor.float() for name, tensor in self._read_tensors(places["mm_projector"]).items()}
@@ -181,7 +181,7 @@ class HuggingFaceModel:
                 folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True,
                 use_safetensors=None if self.allow_pickle else True,
             )  # fmt: skip
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # transformers raises many kinds for configurations and files that make no sense
             raise ValueError(f"{folder} cannot be loaded with transformers: {error}") from error
         missing = [name for name in found["missing_keys"] if not self._is_beyond_feature(name, model.config)]
         if missing or found["unexpected_keys"]:
@@ -204,8 +204,8 @@ class HuggingFaceModel:
         tensors: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             tensors |= load_file(path)
-        for path in sorted(folder.glob("*.bin")) if not tensors and self.allow_pickle else ():
-            tensors |= torch.load(path, map_location="cpu", weights_only=True)
+        for path in pickles_of(folder) if not tensors and self.allow_pickle else ():
+            tensors |= read_pickle(path)
         if not tensors:
             raise ValueError(f"{folder} holds no *.safetensors; pickled weights are read with --allow-pickle only")
         return tensors
@@ -258,6 +258,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def pickles_of(folder: Path) -> list[Path]:
+    """*.bin files that transformers takes for weights."""
+    return sorted(path for path in folder.glob("*.bin") if path.name != "training_args.bin")
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a *.bin file by name, read with weights_only. ValueError if it is damaged or holds something else."""
+    file = PickledFile(path)
+    return {name: file.read(name) for name in file.infos}
+
+
 def stored_dtypes(folder: Path, *, allow_pickle: bool = False) -> set[torch.dtype]:
     """Floating types in the headers of the *.safetensors files of a folder itself; without any, of *.bin files if they may be read."""
     names = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -268,6 +279,6 @@ def stored_dtypes(folder: Path, *, allow_pickle: bool = False) -> set[torch.dtyp
                 found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-    pickles = sorted(folder.glob("*.bin")) if allow_pickle and not found else []
-    tensors = (tensor for path in pickles for tensor in torch.load(path, map_location="cpu", weights_only=True, mmap=True).values())
+    pickles = pickles_of(folder) if allow_pickle and not found else []
+    tensors = (tensor for path in pickles for tensor in read_pickle(path).values())
     return {names[name] for name in found & names.keys()} | {tensor.dtype for tensor in tensors if tensor.is_floating_point()}

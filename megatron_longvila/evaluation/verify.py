@@ -291,7 +291,7 @@ def verify(a: Path, b: Path, *, allow_pickle: bool = False, progress: Callable[[
     coarse = _coarsest(dtypes_a | dtypes_b) if dtypes_a != dtypes_b else torch.float32
     finer, exact = side_b, outputs_b
     if coarse != torch.float32:
-        if _coarsest(dtypes_b) == coarse:
+        if _finest(dtypes_a) < _finest(dtypes_b):
             _close(side_b)
             finer, exact = open_side(a, allow_pickle=allow_pickle), outputs_a
         _round_to(finer.weights(), coarse)
@@ -330,6 +330,11 @@ def _differences(a: dict[tuple[str, str], Tensor], b: dict[tuple[str, str], Tens
 
 def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _finest(dtypes: set[torch.dtype]) -> float:
+    """The smallest step of any of them."""
+    return min(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _move_to_neighbours(weights: list[Tensor]) -> None:

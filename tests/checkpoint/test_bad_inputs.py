@@ -13,6 +13,7 @@ from hf_models import read_json, save_llava, save_llm, save_siglip, save_vila, w
 from imported import import_folder
 from safetensors.torch import load_file, save_file
 
+from megatron_longvila.checkpoint.hf import check_tied
 from megatron_longvila.checkpoint.importing import ImportOptions, check_space, plan, run, written_aside
 from ranks import run_ranks
 
@@ -96,6 +97,15 @@ CONFIGS = {
     "rope type": ("vila", "llm/config.json", dict(rope_scaling={"rope_type": "longrope"}), "its type must be one of default, linear"),
     "rope setting": ("vila", "llm/config.json", dict(rope_scaling={"type": "yarn", "factor": 2.0, "mscale": 1.0}), "'mscale'.*not supp"),
     "two ropes": ("vila", "llm/config.json", dict(rope_parameters={"rope_type": "default", "rope_theta": 5.0}), "two values for rope"),
+    "no heads": ("vila", "llm/config.json", dict(num_attention_heads=0), "'num_attention_heads': 0.; sizes must be positive"),
+    "no number": ("vila", "vision_tower/config.json", dict(patch_size="14"), "'patch_size': '14'.; sizes must be positive"),
+    "uneven heads": ("vila", "llm/config.json", dict(num_key_value_heads=3), "4 heads, which 3 heads for keys and values do not divide"),
+    "rope text": ("vila", "llm/config.json", dict(rope_scaling="linear"), "rope_scaling='linear'.*must be an object or null"),
+    "rope factor": ("vila", "llm/config.json", dict(rope_scaling={"type": "linear"}), "it needs a factor"),
+    "rope base": ("vila", "llm/config.json", dict(rope_theta=-1), "rope_theta=-1.0; it must be a positive number"),
+    "feature layer": ("vila", "config.json", dict(mm_vision_select_layer=-4), "from layer -4; it must be a number from -3 to -1"),
+    "raw pixels": ("vila", "vision_tower/preprocessor_config.json", dict(do_rescale=False), "'do_rescale': False.; our frames"),
+    "llava text": ("llava", "config.json", dict(text_config=["qwen2"]), "a text_config or a vision_config that is no object"),
     "gone path": ("vila", "config.json", dict(mm_projector_cfg=7), "mm_projector_cfg=7; it must be an object or a path"),
     "llava strategy": ("llava", "config.json", dict(vision_feature_select_strategy="default"), "drops the first patch"),
     "llava layers": ("llava", "config.json", dict(vision_feature_layer=[-2, -1]), r"vision_feature_layer=\[-2, -1\]; it must be one"),
@@ -120,6 +130,14 @@ def test_truncated_file(copy, size, message):
     folder = copy("vila")
     truncate(folder / TINY, size)
     refused(folder, f"{TINY} .*{message}")
+
+
+@pytest.mark.parametrize("offsets", [[0], 4, None, ["a", "b"]])
+def test_header_without_sense(copy, offsets):
+    folder = copy("vila")
+    header = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
+    (folder / TINY).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    refused(folder, f"{TINY} has a header that cannot be read")
 
 
 def test_file_that_is_no_safetensors(copy):
@@ -156,6 +174,8 @@ def test_index_and_files_that_differ(copy):
     name = next(name for name, file in index["weight_map"].items() if files.count(file) > 1)
     path.write_text(json.dumps(index | {"weight_map": {n: f for n, f in index["weight_map"].items() if n != name}}))
     refused(folder, f"1 are not in it: ..{name}", **options)
+    path.write_text(json.dumps({"weight_map": {"a": 7}}))
+    refused(folder, r"lacks \['7'\]", **options)
     path.write_text("{}")
     refused(folder, "has no weight_map", **options)
 
@@ -250,6 +270,24 @@ def test_nan_weights_are_imported_and_named(copy):
 
 def _notes_of_import(rank: int, folder: Path, output: Path) -> list[str]:
     return run(plan(ImportOptions(folder, output)))
+
+
+def test_a_model_without_a_tokenizer_is_noted(copy):
+    folder = copy("vila")
+    for path in folder.glob("llm/tokenizer*"):
+        path.unlink()
+    (folder / "llm" / "chat_template.jinja").unlink(missing_ok=True)
+    (notes,) = run_ranks(_notes_of_import, 1, folder, folder.parent / "output")
+    assert "no chat template of chatml or llama3; config.yaml has data.template=plain" in notes[0]
+    assert "tokenizer cannot be read" in notes[1] and len(notes) == 2
+
+
+def test_a_repeated_head_is_compared_bit_by_bit():
+    table = torch.tensor([[float("nan"), 0.0]])
+    check_tied(table.clone(), table)
+    for other in (table.half(), table[:, :1], torch.tensor([[float("nan"), -0.0]])):
+        with pytest.raises(ValueError, match="so they are not tied"):
+            check_tied(other, table)
 
 
 def test_a_head_that_is_not_tied_after_all(copy):

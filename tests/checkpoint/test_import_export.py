@@ -257,11 +257,14 @@ def test_only_keys_that_training_changed_differ(converted, tmp_path):
         form = case.split("_")[0]
         job = plan(ExportOptions(converted / case / "checkpoint", tmp_path / case, form))
         llm = replace(job.config.model.llm, rotary_base=5e6, max_position_embeddings=1024)
-        job = replace(job, config=replace(job.config, model=replace(job.config.model, llm=llm)), imported=job.imported | {"dtypes": {}})
+        model = replace(job.config.model, llm=llm, vision=replace(job.config.model.vision, preprocess="pad"))
+        job = replace(job, config=replace(job.config, model=model), imported=job.imported | {"dtypes": {}})
         (tmp_path / case).mkdir()
-        export_settings.write(job, tmp_path / case)
+        notes = export_settings.write(job, tmp_path / case)
         before, after = (read_json(folder / "config.json") for folder in (converted / case / "source", tmp_path / case))
-        assert {key for key in after if before.get(key) != after[key]} <= {root_key, "vision_tower_cfg", "vision_config"}
+        other = {key for key in after if before.get(key) != after[key]} - {root_key, "vision_tower_cfg", "vision_config"}
+        assert other == ({"image_aspect_ratio"} if form == "vila" else set())  # LLaVA cannot say it, and the user is told
+        assert any("model.vision.preprocess=pad" in note for note in notes) == (form == "llava")
         changed = {key for key in after[root_key] if before[root_key].get(key) != after[root_key][key]}
         rope = {"rope_theta"} if form == "vila" else {"rope_parameters"}
         assert changed == rope | {"max_position_embeddings"}
@@ -326,4 +329,17 @@ def test_a_checkpoint_that_is_not_its_configuration_is_not_exported(converted, t
 def test_an_image_needs_a_row_of_the_embedding(converted, tmp_path):
     with pytest.raises(ValueError, match="an id below 420 .*; found 10000: say which with --image_token_id"):
         export_folder(converted / "vila_linear_scaling" / "checkpoint", tmp_path / "out", "llava", image_token_id=10_000)
+    with pytest.raises(ValueError, match="an id below 420 .*; found 420"):
+        export_folder(converted / "llava_llama_odd" / "checkpoint", tmp_path / "out", "llava", image_token_id=420)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_processor_says_the_id_that_the_model_knows(converted, tmp_path):
+    from megatron_longvila.checkpoint.exporting import ExportOptions, plan, run
+
+    checkpoint = converted / "vila_linear_scaling" / "checkpoint"
+    for token, text in ((381, "<|im_end|>"), (5, "<image>")):
+        notes = run(plan(ExportOptions(checkpoint, tmp_path / str(token), "llava", image_token_id=token)))
+        assert read_json(tmp_path / str(token) / "processor_config.json")["image_token"] == text
+        assert read_json(tmp_path / str(token) / "config.json")["image_token_index"] == token
+        assert any("no special token with an image's id 5" in note for note in notes) == (token == 5)

@@ -175,9 +175,35 @@ def test_pickled_weights_only_where_they_are_allowed(folder):
     for part, name in (("llm", "pytorch_model.bin"), ("vision_tower", "pytorch_model.bin"), ("mm_projector", "model.bin")):
         torch.save(load_file(pickled / part / "model.safetensors"), pickled / part / name)
         (pickled / part / "model.safetensors").unlink()
+    torch.save({"learning_rate": 0.1}, pickled / "llm" / "training_args.bin")  # the Trainer leaves one, and it holds no weights
     pairs = [(folder / "checkpoint", pickled)]
     assert run_ranks(verify_all, 1, pairs, True)[0][0].passed
     assert "safetensors" in run_ranks(verify_all, 1, pairs)[0][0]
+    path = pickled / "mm_projector" / "model.bin"
+    path.write_bytes(path.read_bytes()[:300])
+    assert "mm_projector/model.bin cannot be loaded as weights alone" in run_ranks(verify_all, 1, pairs, True)[0][0]
+
+
+def test_folders_that_an_import_understands_are_understood_here(folder):
+    """Older folders: a path that is gone, a part that the root describes alone."""
+    older = folder / "older"
+    shutil.copytree(folder / "source", older)
+    (older / "mm_projector" / "config.json").unlink()
+    settings = hf_models.read_json(older / "config.json")
+    del settings["vision_tower_cfg"]
+    hf_models.write_json(older / "config.json", settings | {"llm_cfg": "/gone/llm"})
+    (report,) = run_ranks(verify_all, 1, [(older, folder / "checkpoint")])[0]
+    assert report.passed and not report.not_compared, "\n".join(report.lines())
+
+
+def test_of_mixed_types_the_finer_side_is_rounded(folder):
+    """A decoder in fp32 beside a tower in bf16, and all in bf16: the difference is the decoder's rounding."""
+    mixed = folder / "mixed"
+    shutil.copytree(folder / "half", mixed)
+    shutil.copytree(folder / "source" / "llm", mixed / "llm", dirs_exist_ok=True)
+    pairs = [(folder / "half", mixed), (mixed, folder / "half")]
+    for report in run_ranks(verify_all, 1, pairs)[0]:
+        assert report.passed and report.dtype == "bfloat16", "\n".join(report.lines())
 
 
 def test_two_checkpoints_and_parts_without_a_projector(folder):
@@ -216,9 +242,10 @@ def test_parts_alone_are_compared_as_far_as_they_go(folder):
 
 
 def test_what_cannot_be_compared_is_refused(folder):
-    missing, unknown, other = (folder / name for name in ("missing_tensor", "unknown_tensor", "other_size"))
-    for path in (missing, unknown):
+    missing, unknown, senseless, other = (folder / name for name in ("missing_tensor", "unknown_tensor", "senseless", "other_size"))
+    for path in (missing, unknown, senseless):
         shutil.copytree(folder / "source", path)
+    change_settings("llm", num_attention_heads=0)(senseless)
     change_tensors("llm", lambda state: state.pop("model.norm.weight"))(missing)
     change_tensors("mm_projector", lambda state: state.update(extra=torch.zeros(1)))(unknown)
     hf_models.save_vila(other, projector="linear")
@@ -229,6 +256,7 @@ def test_what_cannot_be_compared_is_refused(folder):
         (folder / "source", folder / "nothing"): "holds neither config.yaml .* nor config.json",
         (folder / "source" / "llm", folder / "source" / "vision_tower"): "no part in common",
         (folder / "source" / "mm_projector", folder / "source"): "model_type='v2l_projector'",
+        (folder / "source", senseless): "cannot be loaded with transformers",
     }
     for (pair, message), text in zip(cases.items(), run_ranks(verify_all, 1, list(cases))[0], strict=True):
         assert isinstance(text, str) and re.search(message, text), (pair, text)
