@@ -201,14 +201,7 @@ def gradients(
     visits = planned_visits(call.layout, call.rank, call.transport, k.shape[1])
     dq_parts, returning = [], []
     for kv, visit in zip(kept, visits, strict=True):
-        dkv = kv.new_zeros(kv.shape) if call.transport == "all_gather" else torch.empty_like(kv)  # a gathered row may go unseen
-        heads = visit.query_heads(q, k)
-        for block in visit.blocks:
-            dq, *dkv_block = _block_gradients(grad_out, saved, block, kv[block.k].chunk(2, dim=1), call, heads)
-            for part, grad in zip(dkv[block.k].chunk(2, dim=1), dkv_block, strict=True):
-                part.copy_(grad)
-            dq_parts.append((block.q, heads, dq))
-        returning.append(_send_dkv(dkv, visit, call))
+        returning.append(_send_dkv(_visit_gradients(grad_out, saved, kv, visit, call, dq_parts), visit, call))
     dq, dk, dv = (x.to(accumulation_dtype(q.dtype)) for x in _own_gradients(grad_out, saved, call))  # while gradients travel
     for rows, heads, part in dq_parts:
         dq[rows, heads] += part
@@ -329,6 +322,20 @@ def _block_gradients(
     q, _, _, out, lse = saved
     grad_out, q, out, lse = (x[block.q, heads] for x in (grad_out, q, out, lse))
     return call.backend.backward(grad_out, q, *keys, out, lse, causal=block.causal, scale=call.scale)
+
+
+def _visit_gradients(
+    grad_out: Tensor, saved: tuple[Tensor, ...], kv: Tensor, visit: Visit, call: RingCall, dq_parts: list[tuple[slice, slice, Tensor]]
+) -> Tensor:
+    """Gradient of what one transfer brought, in its layout; the parts of dq (rows, heads, values) go to `dq_parts`."""
+    dkv = kv.new_zeros(kv.shape) if call.transport == "all_gather" else torch.empty_like(kv)  # a gathered row may go unseen
+    heads = visit.query_heads(saved[0], saved[1])
+    for block in visit.blocks:
+        dq, *dkv_block = _block_gradients(grad_out, saved, block, kv[block.k].chunk(2, dim=1), call, heads)
+        for part, grad in zip(dkv[block.k].chunk(2, dim=1), dkv_block, strict=True):
+            part.copy_(grad)
+        dq_parts.append((block.q, heads, dq))
+    return dkv
 
 
 def _own_gradients(grad_out: Tensor, saved: tuple[Tensor, ...], call: RingCall, packed: bool = False) -> tuple[Tensor, ...] | Tensor:

@@ -151,7 +151,7 @@ def test_a_layout_is_planned_once_for_all_layers():
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_no_layer_waits_for_the_device(transport):
-    """Once a layout was seen, forward and backward read no value back to the host and copy nothing to the device."""
+    """Once a layout was seen, forward and backward read no value back to the host. Copies to a device are seen by tests/gpu."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     aten = torch.ops.aten
