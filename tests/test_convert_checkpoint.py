@@ -43,6 +43,22 @@ def test_dry_runs_write_nothing(tmp_path, capsys):
     assert "the projector is freshly initialised" in text.err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("what", ["import", "export"])
+def test_a_disk_that_fills_up_meanwhile_is_one_error_and_leaves_nothing(tmp_path, what):
+    """A limit on the size of files stands for the disk."""
+    save_vila(tmp_path / "vila")
+    words = ["import", tmp_path / "vila", tmp_path / "checkpoint"]
+    if what == "export":
+        assert start(sys.executable, TOOL, *words)[0] == 0
+        words = ["export", tmp_path / "checkpoint", tmp_path / "out", "--format", "vila"]
+    before = sorted(tmp_path.iterdir())
+    limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({100 << 10},) * 2); "
+    limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code, text = start(sys.executable, "-c", limited, TOOL, *words)
+    assert code == 1 and "error: File too large: " in text and "Traceback" not in text, text
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_errors_have_one_line_and_code_1(tmp_path, capsys):
     main = load_script(TOOL).main
     save_llava(tmp_path / "llava")

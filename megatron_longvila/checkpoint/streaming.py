@@ -94,11 +94,11 @@ class _StreamingStrategy(SaveShardedStrategy):
                 if isinstance(entry, ShardedObject):
                     key, offset = entry.unique_key, None
                     described[key] = BytesStorageMetadata()
-                    torch.save([entry.data], stream)  # Megatron's form: the list of the parts that have this name
+                    _save([entry.data], stream)  # Megatron's form: the list of the parts that have this name
                 else:
                     key, offset = entry.key, torch.Size([0] * len(entry.global_shape))
                     described[key] = _describe(entry)
-                    torch.save(self._tensor(entry), stream)
+                    _save(self._tensor(entry), stream)
                 length = stream.tell() - begin
                 results.append(WriteResult(MetadataIndex(key, offset), length, _StorageInfo(_FILE, begin, length)))
             stream.finish()
@@ -141,6 +141,16 @@ class _CachedReader(dcp.FileSystemReader):
 
     def read_metadata(self, *_, **__) -> Metadata:
         return self.metadata
+
+
+def _save(content: Any, stream: PiecewiseFile) -> None:
+    """torch.save, which turns a full disk into an error of its zip writer: here it stays an OSError."""
+    try:
+        torch.save(content, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 @contextmanager

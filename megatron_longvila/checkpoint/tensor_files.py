@@ -248,12 +248,16 @@ class PiecewiseFile(io.FileIO):
         self._pool = ThreadPoolExecutor(1)
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write all of it."""
+        """Write all of it. Raises OSError with the file's name, as after a full disk."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _PIECE):
             piece = view[start : start + _PIECE]
             while len(piece):
-                piece = piece[super().write(piece) :]
+                try:
+                    piece = piece[super().write(piece) :]
+                except OSError as error:
+                    error.filename = str(self.name)
+                    raise
             if self.tell() - self._synced >= _SYNCED:
                 self._sync()
         return len(view)

@@ -7,7 +7,6 @@ Shapes: F frames, S side of a frame in pixels, P patches, C tower width, V visua
 
 from __future__ import annotations
 
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_longvila.checkpoint.layouts import PARTS, part_folder
-from megatron_longvila.checkpoint.tensor_files import PickledFile
+from megatron_longvila.checkpoint.tensor_files import PickledFile, SafetensorsFile, read_json
 from megatron_longvila.parallel.plan import PLACEHOLDER_ID
 
 # Steps of each projector, with the numbers its modules have in VILA's Sequential.
@@ -85,7 +83,7 @@ class HuggingFaceModel:
         self.folder, self.allow_pickle = folder, allow_pickle
         self.dtypes: set[torch.dtype] = set()
         self.llava = self.language_model = self.tower = self.projector = self.normalize = None
-        settings = read_settings(folder) if (folder / "config.json").exists() else {}
+        settings = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         kind = settings.get("model_type")
         if "llm_cfg" in settings:
             self._open_vila(settings)
@@ -155,8 +153,8 @@ class HuggingFaceModel:
             places[part], described[part] = part_folder(self.folder, part, settings.get(f"{part}_cfg"), [])
         self.language_model = self._load("AutoModelForCausalLM", places["llm"])
         self._open_tower(places["vision_tower"], settings.get("mm_vision_select_layer", -2))
-        is_there = (places["mm_projector"] / "config.json").exists()
-        kind = (read_settings(places["mm_projector"]) if is_there else described["mm_projector"]).get("mm_projector_type")
+        file = places["mm_projector"] / "config.json"
+        kind = (read_json(file) if file.exists() else described["mm_projector"]).get("mm_projector_type")
         if kind not in _PROJECTORS:
             raise ValueError(f"{places['mm_projector']} has mm_projector_type={kind!r}; known are {', '.join(_PROJECTORS)}")
         weights = {name: tensor.float() for name, tensor in self._read_tensors(places["mm_projector"]).items()}
@@ -246,18 +244,6 @@ def import_transformers():
     return transformers
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """config.json of a folder. ValueError if there is none or it is no JSON object."""
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return settings
-
-
 def pickles_of(folder: Path) -> list[Path]:
     """*.bin files that transformers takes for weights."""
     return sorted(path for path in folder.glob("*.bin") if path.name != "training_args.bin")
@@ -270,15 +256,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def stored_dtypes(folder: Path, *, allow_pickle: bool = False) -> set[torch.dtype]:
-    """Floating types in the headers of the *.safetensors files of a folder itself; without any, of *.bin files if they may be read."""
-    names = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    found = set()
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, "pt") as tensors:
-                found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-    pickles = pickles_of(folder) if allow_pickle and not found else []
-    tensors = (tensor for path in pickles for tensor in read_pickle(path).values())
-    return {names[name] for name in found & names.keys()} | {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    """Floating types in the headers of the *.safetensors files of a folder itself; without any, of *.bin files if they may be read.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    files: list[SafetensorsFile | PickledFile] = [SafetensorsFile(path) for path in folder.glob("*.safetensors")]
+    if allow_pickle and not files:
+        files = [PickledFile(path) for path in pickles_of(folder)]
+    return {info.dtype for file in files for info in file.infos.values() if info.dtype.is_floating_point}
