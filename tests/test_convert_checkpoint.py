@@ -70,6 +70,8 @@ def test_errors_have_one_line_and_code_1(tmp_path, capsys):
     assert "complete.json, so its writing did not end" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "llava"), str(tmp_path / "out"), "--format", "peft", "--merge-lora"]) == 1
     assert "choose one of the two" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "llava"), str(tmp_path / "out"), "--format", "peft", "--shard-size", "1GB"]) == 1
+    assert "--shard_size says nothing about adapters alone" in capsys.readouterr().err
     with pytest.raises(SystemExit) as left:
         main(["export", "a", "b", "--format", "llm", "--shard-size", "huge"])
     assert left.value.code == 2 and "is no size; write 5GB" in capsys.readouterr().err

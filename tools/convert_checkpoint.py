@@ -54,7 +54,8 @@ formats:
   peft   the adapters alone, for PeftModel.from_pretrained on the decoder that training began with; --merge-lora adds them to the weights
          in the other formats
 
-What was imported comes back to the last bit, with all keys of its configurations; keys that training changed say what is true now.
+What was imported comes back to the last bit, with all keys of its configurations. Keys of the model that training changed (context
+length, rotary base, image preparation) say what is true now; keys that only guide inference, as num_video_frames, stay as imported.
 """
 VERIFY_HELP = """
 Compare two models part by part on built-in inputs (text, image, video): vision features, projector output, logits.
@@ -72,6 +73,7 @@ Say what a folder is: layout, sizes, parameters per part, dtypes, rotary setting
   python tools/convert_checkpoint.py inspect Efficient-Large-Model/qwen2-7b-longvila-256f out/longvila-7b
 """
 EPILOG = "Exit status: 0 done, 1 something you gave does not fit (or verify failed, or inspect found differences), 2 wrong usage."
+_EXPORT_DEFAULTS = {"shard_size": 5 * 10**9, "drop_passengers": False, "vision_names": "auto", "image_token_id": -1}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -127,6 +129,9 @@ def _export_peft(arguments: argparse.Namespace) -> int:
 
     if arguments.merge_lora:
         raise ValueError("--merge-lora adds the adapters to the weights, --format peft exports them alone; choose one of the two")
+    for name in ("shard_size", "drop_passengers", "vision_names", "image_token_id"):
+        if getattr(arguments, name) != _EXPORT_DEFAULTS[name]:
+            raise ValueError(f"--{name} says nothing about adapters alone (--format peft); leave it out")
     check_output(arguments.output, arguments.overwrite, ("adapter_config.json",), inputs=(arguments.input,))
     check_peft(arguments.input)
     if arguments.dry_run:
@@ -249,7 +254,14 @@ def _parser() -> argparse.ArgumentParser:
     switch(bring_in, "allow_pickle", "read .bin and .pt files (with weights_only)")
     flag(bring_out, "format", required=True, choices=("vila", "llava", "llm", "peft"), help="see above")
     switch(bring_out, "merge_lora", "add the adapters to the weights")
-    flag(bring_out, "shard_size", type=_size, default=_size("5GB"), metavar="SIZE", help="largest weight file (default 5GB)")
+    flag(
+        bring_out,
+        "shard_size",
+        type=_size,
+        default=_EXPORT_DEFAULTS["shard_size"],
+        metavar="SIZE",
+        help="largest weight file (default 5GB)",
+    )
     flag(bring_out, "vision_names", choices=("auto", "inner", "flat"), default="auto", help="tower names with vision_model. inside or not")
     flag(bring_out, "image_token_id", type=int, default=-1, metavar="N", help="id of an image in the llava format")
     prove, look = command("verify", VERIFY_HELP, _verify), command("inspect", INSPECT_HELP, _inspect)

@@ -174,7 +174,11 @@ def written_aside(output: Path) -> Iterator[Path]:
             before = output.with_name(f".{output.name}.replaced")
             shutil.rmtree(before, ignore_errors=True)
             os.rename(output, before)
-            os.rename(folder, output)
+            try:
+                os.rename(folder, output)
+            except BaseException:
+                os.rename(before, output)
+                raise
             shutil.rmtree(before)
         else:
             os.rename(folder, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -321,6 +322,22 @@ def test_nothing_half_written_is_left(tmp_path):
             (folder / "half").write_text("x")
             raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_the_old_output_comes_back_if_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
+    output, rename = tmp_path / "output", os.rename
+    output.mkdir()
+    (output / "old").write_text("x")
+
+    def fail_for_the_new_one(source, target):
+        if Path(source).name.endswith(".partial"):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_for_the_new_one)
+    with pytest.raises(OSError, match="no"), written_aside(output):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["output"] and (output / "old").exists()
 
 
 def test_full_disk_is_refused_with_both_numbers(tmp_path):
