@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scale", type=int, default=7, help="pictures are 56 x SCALE pixels wide [%(default)s]")
     parser.add_argument("--images", type=int, default=8000, help="[%(default)s]")
     parser.add_argument("--stories", type=int, default=12000, help="[%(default)s]")
-    parser.add_argument("--short", type=int, default=1500, help="videos [%(default)s]")
+    parser.add_argument("--short", type=int, default=3000, help="videos [%(default)s]")
     parser.add_argument("--long_512", type=int, default=300, help="videos [%(default)s]")
     parser.add_argument("--long_1536", type=int, default=160, help="videos [%(default)s]")
     parser.add_argument("--long_6000", type=int, default=24, help="videos [%(default)s]")

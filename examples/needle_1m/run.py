@@ -29,13 +29,14 @@ DATA = {
     "alignment": ("images",),
     "pretraining": ("images", "albums"),
     "short_sft": ("short",),
-    "context_extension": ("passages-4096", "passages-16384", "passages-65536", "passages-262144", "passages-1048576"),
+    "context_extension_64k": ("passages-4096", "passages-16384", "passages-65536"),
+    "context_extension_1m": ("passages-4096", "passages-16384", "passages-65536", "passages-262144", "passages-1048576"),
     "long_sft_512": ("long-512",),
     "long_sft_1536": ("long-1536",),
     "long_sft_6000": ("long-6000",),
 }  # fmt: skip
 """Which folders of data/ a stage reads."""
-MM_SP = ("context_extension", "long_sft_512", "long_sft_1536", "long_sft_6000")
+MM_SP = ("context_extension_64k", "context_extension_1m", "long_sft_512", "long_sft_1536", "long_sft_6000")
 """Stages whose rows are spread over all ranks."""
 SHORT_LENGTHS, LENGTHS, CONTROL_LENGTHS = "8,32,100,300", "300,1500,3000,6000", "300,1500"
 
