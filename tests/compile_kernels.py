@@ -26,7 +26,7 @@ ALIGNED = [["tt.divisibility", 16]]
 # Qwen2-7B, few rows.
 SIZES = {
     "pack_qkv": dict(rows=64, heads=(28, 4), head_dim=128, ulysses_size=4),
-    "unpack_heads": dict(ranks=4, rows=64, heads=7, head_dim=128),
+    "swap_into": dict(ranks=4, rows=64, heads=7, head_dim=128),
     "merge_into": dict(rows=64, heads=28, head_dim=128),
     "take_rows": dict(rows=64, taken=40, width=3584),
     "place_rows": dict(rows=64, placed=40, width=3584),

@@ -36,18 +36,27 @@ def _random(device, *shape: int, dtype=torch.float32, scale: float = 1.0) -> Ten
     return (scale * torch.randn(*shape, generator=generator)).to(device, dtype)
 
 
-def pack_qkv(dtype, device, rows=37, heads=(6, 2), head_dim=16, ulysses_size=2, bias=True) -> Case:
+def pack_qkv(dtype, device, rows=37, heads=(6, 2), head_dim=16, ulysses_size=2, parts=1, bias=True) -> Case:
     num_heads, num_kv_heads = heads
     width = (num_heads + 2 * num_kv_heads) * head_dim
     qkv = _random(device, rows, width + 8, dtype=dtype)[:, :width]  # rows apart
     angles = 100 * _random(device, rows, head_dim // 2)
     table = torch.cat((angles.cos(), angles.sin()), dim=1)
     inputs = (qkv, _random(device, width, dtype=dtype) if bias else None, table)
-    return Case(inputs, lambda kernels, *x: (kernels.pack_qkv(*x, num_kv_heads, ulysses_size),), (0, 1) if bias else (0,))
+    return Case(inputs, lambda kernels, *x: (kernels.pack_qkv(*x, num_kv_heads, ulysses_size, parts),), (0, 1) if bias else (0,))
 
 
-def unpack_heads(dtype, device, ranks=3, rows=11, heads=2, head_dim=24) -> Case:
-    return Case((_random(device, ranks, rows, heads, head_dim, dtype=dtype),), lambda kernels, x: (kernels.unpack_heads(x),), (0,))
+def swap_into(dtype, device, ranks=3, rows=11, heads=2, head_dim=24) -> Case:
+    """Both ways, between a block for each rank and one of two parts of wider rows."""
+
+    def function(kernels, x_UTNH):
+        wide_TUPNH = x_UTNH.new_zeros(rows, ranks, 2, heads, head_dim)
+        back_UTNH = torch.empty_like(x_UTNH)
+        kernels.swap_into(wide_TUPNH[:, :, 1], x_UTNH)
+        kernels.swap_into(back_UTNH, wide_TUPNH[:, :, 1])
+        return wide_TUPNH, back_UTNH
+
+    return Case((_random(device, ranks, rows, heads, head_dim, dtype=dtype),), function)
 
 
 def merge_into(dtype, device, rows=29, heads=3, head_dim=24) -> Case:
@@ -104,10 +113,12 @@ CASES: dict[str, tuple[Callable[..., Case], dict]] = {
     "pack_qkv": (pack_qkv, {}),
     "pack_qkv one rank, odd head, no bias": (pack_qkv, dict(rows=1, heads=(7, 1), head_dim=10, ulysses_size=1, bias=False)),
     "pack_qkv as many keys as queries": (pack_qkv, dict(rows=70, heads=(4, 4), head_dim=8, ulysses_size=4)),
+    "pack_qkv two parts": (pack_qkv, dict(rows=20, heads=(12, 4), parts=2)),
+    "pack_qkv three parts, two heads each": (pack_qkv, dict(rows=33, heads=(24, 12), head_dim=8, parts=3)),
     "pack_qkv no rows": (pack_qkv, dict(rows=0)),
-    "unpack_heads": (unpack_heads, {}),
-    "unpack_heads wide": (unpack_heads, dict(ranks=2, rows=3, heads=9, head_dim=128)),
-    "unpack_heads no rows": (unpack_heads, dict(rows=0)),
+    "swap_into": (swap_into, {}),
+    "swap_into wide": (swap_into, dict(ranks=2, rows=3, heads=9, head_dim=128)),
+    "swap_into no rows": (swap_into, dict(rows=0)),
     "merge_into": (merge_into, {}),
     "take_rows": (take_rows, {}),
     "take_rows all": (take_rows, dict(rows=9, taken=9, width=8)),

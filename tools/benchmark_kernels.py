@@ -56,7 +56,7 @@ FULL = dict(
 # What a program takes at a time: (module, constant, values to try).
 SWEEP = {
     "pack_qkv": [("qkv_pack", "FORWARD_ROWS", (8, 16, 32)), ("qkv_pack", "BACKWARD_ROWS", (16, 32, 64))],
-    "unpack_heads": [("qkv_pack", "COPY_COLUMNS", (512, 1024, 2048))],
+    "swap_into": [("qkv_pack", "COPY_COLUMNS", (512, 1024, 2048))],
     "merge_into": [("merge", "PAIRS", (8, 16, 32))],
     "take_rows": [("rows", "COLUMNS", (512, 1024, 2048, 4096))],
     "place_rows": [("rows", "COLUMNS", (512, 1024, 2048, 4096))],
@@ -108,9 +108,15 @@ def make_works(sizes: argparse.Namespace, dtype: torch.dtype, device: torch.devi
             peers={"Megatron-Core": lambda qkv, bias, _: _megatron_pack(qkv, bias, both, num_kv_heads, size)},
         )
 
-    def unpack_heads() -> Work:
+    def swap_into() -> Work:
         x = normal(size, rows, num_heads // size, head_dim)
-        return Work((x,), lambda kernels, x: kernels.unpack_heads(x), (2 * x.numel(), 2 * x.numel()))
+        out = x.new_empty(rows, size, num_heads // size, head_dim)
+
+        def function(kernels: Kernels, x: Tensor) -> Tensor:
+            kernels.swap_into(out, x)
+            return out
+
+        return Work((x,), function, (2 * x.numel(), 0), differentiable=False)
 
     def merge_into() -> Work:
         out, lse = normal(rows, num_heads, head_dim, dtype=torch.float32), normal(num_heads, rows, dtype=torch.float32).t()
@@ -166,7 +172,7 @@ def make_works(sizes: argparse.Namespace, dtype: torch.dtype, device: torch.devi
             peers["Transformer Engine"] = _te_cross_entropy
         return Work((logits, labels), losses, (logits.numel(), 2 * logits.numel()), peers=peers)
 
-    works = (pack_qkv, unpack_heads, merge_into, take_rows, place_rows, rms_norm, swiglu)
+    works = (pack_qkv, swap_into, merge_into, take_rows, place_rows, rms_norm, swiglu)
     return {work.__name__: work for work in works} | {"cross_entropy": cross_entropy_of_logits}
 
 

@@ -88,11 +88,11 @@ class CoreAttention(torch.nn.Module):
         out = attention_2d(query.squeeze(1), key.squeeze(1), value.squeeze(1), self._call(layout), self.groups.ulysses)
         return out.reshape(num_rows, 1, -1)
 
-    def attend_packed(self, packed_UTMH: Tensor, num_queries_per_key: int, packed_seq_params: SequenceParams) -> Tensor:
-        """`forward` of what `kernels.pack_qkv` wrote: [U, T, M, H] -> [T, 1, N*H]."""
-        layout, num_rows = packed_seq_params.layout, packed_UTMH.shape[1]
-        assert num_rows == layout.local_rows, (tuple(packed_UTMH.shape), layout)
-        out = packed_attention_2d(packed_UTMH, num_queries_per_key, self._call(layout), self.groups.ulysses)
+    def attend_packed(self, packed_PUTMH: Tensor, num_queries_per_key: int, packed_seq_params: SequenceParams) -> Tensor:
+        """`forward` of what `kernels.pack_qkv` wrote: [P, U, T, M, H] -> [T, 1, N*H]."""
+        layout, num_rows = packed_seq_params.layout, packed_PUTMH.shape[2]
+        assert num_rows == layout.local_rows, (tuple(packed_PUTMH.shape), layout)
+        out = packed_attention_2d(packed_PUTMH, num_queries_per_key, self._call(layout), self.groups.ulysses)
         return out.reshape(num_rows, 1, -1)
 
     def _call(self, layout: SequenceLayout) -> RingCall:

@@ -21,7 +21,7 @@ class Kernels:
 
     name: str
     pack_qkv: Callable
-    unpack_heads: Callable
+    swap_into: Callable
     merge_into: Callable
     take_rows: Callable
     place_rows: Callable
@@ -67,7 +67,7 @@ def _triton_kernels() -> Kernels:
     return Kernels(
         "triton",
         pack_qkv=qkv_pack.pack_qkv,
-        unpack_heads=qkv_pack.unpack_heads,
+        swap_into=qkv_pack.swap_into,
         merge_into=merge.merge_into,
         take_rows=rows.take_rows,
         place_rows=rows.place_rows,

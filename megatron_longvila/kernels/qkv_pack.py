@@ -1,10 +1,10 @@
-"""Bias, rotary and packing of Q|K|V for the ulysses all-to-all in one pass, and the unpacking of what comes back. Twins: `reference`.
+"""Bias, rotary and packing of Q|K|V for the ulysses all-to-all in one pass, and the copy between rows and blocks. Twins: `reference`.
 
 One read of the projection's output and one write of the send buffer, instead of a pass each for bias, rotary of q, rotary of k and three
 copies. Everything is computed in fp32 and rounded once.
 
 Shapes: T rows, K key/value heads, G query heads per key/value head, N = K * G query heads, H head dim, C = K * (G + 2) * H, U ranks,
-M = (N + 2K) / U heads per rank.
+P parts, M = (N + 2K) / (U * P) heads of one rank and part.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def _pack_kernel(
     out_ptr,
     num_rows,
     qkv_stride,
-    groups_per_rank,
+    ranks,
+    parts,
+    groups_per_block,
     GROUPS: tl.constexpr,
     QUERIES: tl.constexpr,
     HALF: tl.constexpr,
@@ -43,9 +45,10 @@ def _pack_kernel(
     table = table_ptr + rows[:, None] * (2 * HALF) + columns[None, :]
     cos = tl.load(table, mask=inside, other=0.0)
     sin = tl.load(table + HALF, mask=inside, other=0.0)
-    rank, local_group = group // groups_per_rank, group % groups_per_rank
-    heads = groups_per_rank * (QUERIES + 2)  # of one row in the block of one rank
-    out_rows = out_ptr + ((rank.to(tl.int64) * num_rows + rows) * heads)[:, None] * (2 * HALF) + columns[None, :]
+    block, local_group = group // groups_per_block, group % groups_per_block
+    place = (block % parts) * ranks + block // parts  # parts outside, ranks inside
+    heads = groups_per_block * (QUERIES + 2)  # of one row in one block
+    out_rows = out_ptr + ((place.to(tl.int64) * num_rows + rows) * heads)[:, None] * (2 * HALF) + columns[None, :]
     for slot in tl.static_range(QUERIES + 2):
         source = (group * (QUERIES + 2) + slot) * (2 * HALF)
         qkv = qkv_ptr + rows[:, None] * qkv_stride + source + columns[None, :]
@@ -58,7 +61,7 @@ def _pack_kernel(
         if slot < QUERIES:
             head = local_group * QUERIES + slot
         else:
-            head = groups_per_rank * slot + local_group  # keys behind all queries, values behind all keys
+            head = groups_per_block * slot + local_group  # keys behind all queries, values behind all keys
         if slot <= QUERIES:
             rotated = first * cos - second * sin
             second = second * cos + first * sin
@@ -75,7 +78,9 @@ def _pack_backward_kernel(
     out_ptr,
     partial_ptr,
     num_rows,
-    groups_per_rank,
+    ranks,
+    parts,
+    groups_per_block,
     GROUPS: tl.constexpr,
     QUERIES: tl.constexpr,
     HALF: tl.constexpr,
@@ -84,22 +89,23 @@ def _pack_backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     """The adjoint: rotates back, unpacks, and sums its rows for the bias into its own line of `partial`, in fp32."""
-    group, block = tl.program_id(0) % GROUPS, tl.program_id(0) // GROUPS
-    rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group, line = tl.program_id(0) % GROUPS, tl.program_id(0) // GROUPS
+    rows = line.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows < num_rows)[:, None] & (columns < HALF)[None, :]
     table = table_ptr + rows[:, None] * (2 * HALF) + columns[None, :]
     cos = tl.load(table, mask=inside, other=0.0)
     sin = tl.load(table + HALF, mask=inside, other=0.0)
-    rank, local_group = group // groups_per_rank, group % groups_per_rank
-    heads = groups_per_rank * (QUERIES + 2)
-    grad_rows = grad_ptr + ((rank.to(tl.int64) * num_rows + rows) * heads)[:, None] * (2 * HALF) + columns[None, :]
+    block, local_group = group // groups_per_block, group % groups_per_block
+    place = (block % parts) * ranks + block // parts
+    heads = groups_per_block * (QUERIES + 2)
+    grad_rows = grad_ptr + ((place.to(tl.int64) * num_rows + rows) * heads)[:, None] * (2 * HALF) + columns[None, :]
     width = GROUPS * (QUERIES + 2) * 2 * HALF
     for slot in tl.static_range(QUERIES + 2):
         if slot < QUERIES:
             head = local_group * QUERIES + slot
         else:
-            head = groups_per_rank * slot + local_group
+            head = groups_per_block * slot + local_group
         grad = grad_rows + head * (2 * HALF)
         first = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(grad + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -112,19 +118,19 @@ def _pack_backward_kernel(
         tl.store(out, first.to(out_ptr.dtype.element_ty), mask=inside)
         tl.store(out + HALF, second.to(out_ptr.dtype.element_ty), mask=inside)
         if HAS_BIAS:
-            partial = partial_ptr + block.to(tl.int64) * width + target + columns
+            partial = partial_ptr + line.to(tl.int64) * width + target + columns
             tl.store(partial, tl.sum(first, axis=0), mask=columns < HALF)
             tl.store(partial + HALF, tl.sum(second, axis=0), mask=columns < HALF)
 
 
 class _PackQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv: Tensor, bias: Tensor | None, table: Tensor, num_kv_heads: int, ulysses_size: int) -> Tensor:
+    def forward(ctx, qkv: Tensor, bias: Tensor | None, table: Tensor, num_kv_heads: int, ulysses_size: int, num_parts: int) -> Tensor:
         (num_rows, width), head_dim = qkv.shape, table.shape[1]
-        heads = width // head_dim
-        out = qkv.new_empty(ulysses_size, num_rows, heads // ulysses_size, head_dim)
+        heads, blocks = width // head_dim, ulysses_size * num_parts
+        out = qkv.new_empty(num_parts, ulysses_size, num_rows, heads // blocks, head_dim)
         ctx.sizes = dict(GROUPS=num_kv_heads, QUERIES=heads // num_kv_heads - 2, HALF=head_dim // 2)
-        ctx.groups_per_rank = num_kv_heads // ulysses_size
+        ctx.blocks = ulysses_size, num_parts, num_kv_heads // blocks
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(table)
         if num_rows:
@@ -135,7 +141,7 @@ class _PackQKV(torch.autograd.Function):
                 out,
                 num_rows,
                 qkv.stride(0),
-                ctx.groups_per_rank,
+                *ctx.blocks,
                 **ctx.sizes,
                 HAS_BIAS=bias is not None,
                 ROWS=FORWARD_ROWS,
@@ -147,74 +153,60 @@ class _PackQKV(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         (table,), grad = ctx.saved_tensors, grad.contiguous()
-        num_rows, width = grad.shape[1], grad.shape[0] * grad.shape[2] * grad.shape[3]
-        blocks = triton.cdiv(num_rows, BACKWARD_ROWS)
+        num_rows, num_heads = grad.shape[2], ctx.sizes["GROUPS"] * (ctx.sizes["QUERIES"] + 2)
+        width = num_heads * grad.shape[4]
+        lines = triton.cdiv(num_rows, BACKWARD_ROWS)
         has_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
         out = grad.new_empty(num_rows, width)
-        partial = grad.new_empty(blocks, width, dtype=torch.float32) if has_bias else None
+        partial = grad.new_empty(lines, width, dtype=torch.float32) if has_bias else None
         if num_rows:
-            _pack_backward_kernel[(blocks * ctx.sizes["GROUPS"],)](
+            _pack_backward_kernel[(lines * ctx.sizes["GROUPS"],)](
                 grad,
                 table,
                 out,
                 partial,
                 num_rows,
-                ctx.groups_per_rank,
+                *ctx.blocks,
                 **ctx.sizes,
                 HAS_BIAS=has_bias,
                 ROWS=BACKWARD_ROWS,
                 COLUMNS=triton.next_power_of_2(table.shape[1] // 2),
             )
-        return out, partial.sum(0).to(ctx.bias_dtype) if has_bias else None, None, None, None
+        return out, partial.sum(0).to(ctx.bias_dtype) if has_bias else None, None, None, None, None
 
 
-def pack_qkv(qkv_TC: Tensor, bias_C: Tensor | None, table_TH: Tensor, num_kv_heads: int, ulysses_size: int) -> Tensor:
+def pack_qkv(qkv_TC: Tensor, bias_C: Tensor | None, table_TH: Tensor, num_kv_heads: int, ulysses_size: int, num_parts: int = 1) -> Tensor:
     """`reference.pack_qkv` for fp32, fp16 and bf16. Rows of qkv may lie apart, the values of a row may not. Its gradient is contiguous.
 
     The gradient of the bias is summed in fp32, block after block in a fixed order.
     """
-    head_dim = table_TH.shape[1]
-    assert qkv_TC.stride(1) == 1 and head_dim % 2 == 0 and num_kv_heads % ulysses_size == 0, (qkv_TC.stride(), head_dim, num_kv_heads)
+    head_dim, blocks = table_TH.shape[1], ulysses_size * num_parts
+    assert qkv_TC.stride(1) == 1 and head_dim % 2 == 0 and num_kv_heads % blocks == 0, (qkv_TC.stride(), head_dim, num_kv_heads, blocks)
     assert qkv_TC.shape[1] % (num_kv_heads * head_dim) == 0 and table_TH.shape[0] == qkv_TC.shape[0], (qkv_TC.shape, table_TH.shape)
     assert table_TH.dtype == torch.float32 and table_TH.is_contiguous(), (table_TH.dtype, table_TH.stride())
-    return _PackQKV.apply(qkv_TC, bias_C, table_TH, num_kv_heads, ulysses_size)
+    return _PackQKV.apply(qkv_TC, bias_C, table_TH, num_kv_heads, ulysses_size, num_parts)
 
 
 @triton.jit
-def _swap_kernel(x_ptr, out_ptr, num_outer, num_inner, width, COLUMNS: tl.constexpr):
-    """out[i, o] = x[o, i] for rows of `width` values: one program copies up to COLUMNS values of one of them."""
+def _swap_kernel(
+    x_ptr, out_ptr, num_inner, width, x_outer_stride, x_inner_stride, out_outer_stride, out_inner_stride, COLUMNS: tl.constexpr
+):
+    """out[o, i] = x[i, o] for rows of `width` values: one program copies up to COLUMNS values of one of them."""
     pieces = tl.cdiv(width, COLUMNS)
     row = (tl.program_id(0) // pieces).to(tl.int64)  # of out
-    inner, outer = row // num_outer, row % num_outer
+    outer, inner = row // num_inner, row % num_inner
     columns = (tl.program_id(0) % pieces) * COLUMNS + tl.arange(0, COLUMNS)
-    values = tl.load(x_ptr + (outer * num_inner + inner) * width + columns, mask=columns < width)
-    tl.store(out_ptr + row * width + columns, values, mask=columns < width)
+    values = tl.load(x_ptr + inner * x_outer_stride + outer * x_inner_stride + columns, mask=columns < width)
+    tl.store(out_ptr + outer * out_outer_stride + inner * out_inner_stride + columns, values, mask=columns < width)
 
 
-def _swap(x: Tensor) -> Tensor:
-    """[A, B, ...] -> [B, A, ...], contiguous."""
-    x = x.contiguous()
-    out = x.new_empty(x.shape[1], x.shape[0], *x.shape[2:])
-    width = x[0, 0].numel() if x.numel() else 0
-    if width:
-        grid = (x.shape[0] * x.shape[1] * triton.cdiv(width, COPY_COLUMNS),)
-        _swap_kernel[grid](x, out, x.shape[0], x.shape[1], width, COLUMNS=COPY_COLUMNS)
-    return out
-
-
-class _UnpackHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        return _swap(x).flatten(1, 2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        size, num_rows, num_heads, head_dim = ctx.shape
-        return _swap(grad.reshape(num_rows, size, num_heads, head_dim))
-
-
-def unpack_heads(x_UTNH: Tensor) -> Tensor:
-    """`reference.unpack_heads` for any dtype; its gradient is packed for the way back, contiguous."""
-    return _UnpackHeads.apply(x_UTNH)
+def swap_into(out_BANH: Tensor, x_ABNH: Tensor) -> None:
+    """`reference.swap_into` for any dtype; the heads of one place must lie together, places may lie anywhere."""
+    assert out_BANH.shape[:2] == x_ABNH.shape[1::-1] and out_BANH.shape[2:] == x_ABNH.shape[2:], (out_BANH.shape, x_ABNH.shape)
+    if out_BANH.numel() == 0:
+        return
+    assert out_BANH[0, 0].is_contiguous() and x_ABNH[0, 0].is_contiguous(), (out_BANH.stride(), x_ABNH.stride())
+    (num_outer, num_inner), width = out_BANH.shape[:2], out_BANH[0, 0].numel()
+    grid = (num_outer * num_inner * triton.cdiv(width, COPY_COLUMNS),)
+    strides = (*x_ABNH.stride()[:2], *out_BANH.stride()[:2])
+    _swap_kernel[grid](x_ABNH, out_BANH, num_inner, width, *strides, COLUMNS=COPY_COLUMNS)

@@ -117,18 +117,19 @@ def merge_into(out_TNH: Tensor, lse_TN: Tensor, block_out_TNH: Tensor, block_lse
     lse_TN.copy_(merged_TN)
 
 
-def pack_qkv(qkv_TC: Tensor, bias_C: Tensor | None, table_TH: Tensor, num_kv_heads: int, ulysses_size: int) -> Tensor:
-    """Bias, rotary and the send buffer of the ulysses all-to-all: everything between the projection and the transfer.
+def pack_qkv(qkv_TC: Tensor, bias_C: Tensor | None, table_TH: Tensor, num_kv_heads: int, ulysses_size: int, num_parts: int = 1) -> Tensor:
+    """Bias, rotary and the send buffers of the ulysses all-to-all: everything between the projection and the transfer.
 
     Args:
         qkv_TC: the projection without its bias; C = K * (G + 2) * H, per key/value head its G query heads, the key, the value (Megatron's
             fused layout).
         bias_C: the projection's bias, or None.
         table_TH: fp32 cosines (first half of H) and sines (second half) of each row's angles; rotate-half pairs i and i + H / 2.
-        ulysses_size: U ranks; K must be a multiple.
+        ulysses_size, num_parts: U ranks, whose heads travel in P parts; K must be a multiple of U * P.
 
     Returns:
-        [U, T, (N + 2K) / U, H] in the dtype of qkv; block u holds the query heads of its K / U groups, then their keys, then their values.
+        [P, U, T, (N + 2K) / (U * P), H] in the dtype of qkv. Rank u gets the u-th of U runs of key/value heads with their queries, and
+        part p of it is the p-th of P runs of these: their query heads, then their keys, then their values.
     """
     dtype = accumulation_dtype(qkv_TC.dtype)
     x_TC = qkv_TC.to(dtype) if bias_C is None else qkv_TC.to(dtype) + bias_C.to(dtype)
@@ -137,13 +138,16 @@ def pack_qkv(qkv_TC: Tensor, bias_C: Tensor | None, table_TH: Tensor, num_kv_hea
     first, second = x_TKJH[:, :, :-1].chunk(2, dim=-1)
     rotated_TKJH = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     parts = (rotated_TKJH[:, :, :-1].flatten(1, 2), rotated_TKJH[:, :, -1], x_TKJH[:, :, -1])
-    by_rank = [part.unflatten(1, (ulysses_size, -1)).transpose(0, 1) for part in parts]
-    return torch.cat(by_rank, dim=2).to(qkv_TC.dtype)
+    by_part = [part.unflatten(1, (ulysses_size, num_parts, -1)).permute(2, 1, 0, 3, 4) for part in parts]
+    return torch.cat(by_part, dim=3).to(qkv_TC.dtype)
 
 
-def unpack_heads(x_UTNH: Tensor) -> Tensor:
-    """What the ulysses all-to-all brought back, [U, T, N, H] from U head groups, as rows of all heads: [T, U*N, H], contiguous."""
-    return x_UTNH.transpose(0, 1).flatten(1, 2).contiguous()
+def swap_into(out_BANH: Tensor, x_ABNH: Tensor) -> None:
+    """out[b, a] = x[a, b]: between rows of all heads [T, U, N, H] and one block of heads for each ulysses rank [U, T, N, H], both ways.
+
+    Not differentiable. Either side may be a view, one part of the heads of every rank.
+    """
+    out_BANH.copy_(x_ABNH.transpose(0, 1))
 
 
 def take_rows(x_VD: Tensor, index_R: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_longvila.attention.core_attention import SequenceParams
+from megatron_longvila.attention.ulysses import num_parts
 from megatron_longvila.kernels.choice import Kernels
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
@@ -49,9 +50,11 @@ class FusedSelfAttention(SelfAttention):
         inputs = qkv_T1C.squeeze(1), bias_C, rotary_pos_emb.squeeze((1, 2))
 
         def attend(qkv_TC: Tensor, bias_C: Tensor | None, table_TH: Tensor) -> Tensor:
-            num_kv_heads, size = self.num_query_groups_per_partition, packed_seq_params.layout.ulysses_size
-            packed_UTMH = self.kernels.pack_qkv(qkv_TC, bias_C, table_TH, num_kv_heads, size)
-            return self.core_attention.attend_packed(packed_UTMH, self.num_attention_heads_per_partition // num_kv_heads, packed_seq_params)
+            num_heads, num_kv_heads = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+            layout = packed_seq_params.layout
+            parts = num_parts(layout, num_heads, num_kv_heads)
+            packed_PUTMH = self.kernels.pack_qkv(qkv_TC, bias_C, table_TH, num_kv_heads, layout.ulysses_size, parts)
+            return self.core_attention.attend_packed(packed_PUTMH, num_heads // num_kv_heads, packed_seq_params)
 
         if self.checkpoint_core_attention and self.training:
             out_T1C = tensor_parallel.checkpoint(attend, False, *inputs)  # keeps the projection's output alone

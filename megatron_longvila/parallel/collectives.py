@@ -153,13 +153,13 @@ def start_gather_rows(x_TD: Tensor, group: ProcessGroup) -> PendingRows:
     return PendingRows(out, x_TD, [_all_gather(out, x_TD, group=group, async_op=True)])
 
 
-def start_exchange_blocks(x: Tensor, group: ProcessGroup) -> PendingRows:
+def start_exchange_blocks(x: Tensor, group: ProcessGroup, out: Tensor | None = None) -> PendingRows:
     """Begin an all-to-all of equal blocks [P, ...] -> [P, ...]: block j goes to rank j, block i of the result came from rank i.
 
-    Not differentiable; see `exchange_blocks` for the autograd pair.
+    Not differentiable; see `exchange_blocks` for the autograd pair. `out`, contiguous and shaped like x, receives if it is given.
     """
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     return PendingRows(out, x, [dist.all_to_all_single(out, x, group=group, async_op=True)])
 
 

@@ -1,6 +1,7 @@
 """CoreAttention on N gloo ranks against all scores at once on one: output and every gradient, in fp64 and fp32."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 
 from dense_attention import dense_gradients, relative_error
 from megatron_longvila import platform
+from megatron_longvila.attention import ulysses
 from megatron_longvila.attention.backends import get_backend
 from megatron_longvila.attention.ring import TRANSPORTS
 from megatron_longvila.mesh import Mesh
@@ -17,6 +19,7 @@ from ranks import run_ranks, warm_parent
 MESHES = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2)]  # ulysses x ring
 PACKS = {"one sample": (50,), "three uneven samples": (21, 1, 38), "padding sample": (16, 3)}
 HEADS = [(8, 4), (4, 4), (28, 4)]
+PARTED_HEADS = [(8, 4), (28, 4), (16, 8), (24, 12)]
 HEAD_DIM = 8
 # Sums of at most 64 products in fp64 and fp32; a wrong block, scale or merge is off by more than 1e-2.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -75,7 +78,8 @@ def _run(attention, layout, tensors, call=None):
     return [out.detach(), q.grad, k.grad, v.grad]
 
 
-def _compare_everything(rank, mesh):
+def _compare_everything(rank, mesh, part_work=ulysses.PART_WORK, all_heads=HEADS):
+    ulysses.PART_WORK = part_work
     from megatron_longvila.parallel.groups import initialize_groups
 
     groups = initialize_groups(mesh)
@@ -84,12 +88,12 @@ def _compare_everything(rank, mesh):
     for pack, lengths in PACKS.items():
         layout = pad_samples(lengths, ulysses_size=mesh.ulysses_size, ring_size=mesh.ring_size)
         rows = torch.from_numpy(owned_rows(layout)[dist.get_rank(groups.cp)])
-        for heads in HEADS:
+        for heads in all_heads:
             exact = dense_gradients(*_global_tensors(layout, heads, torch.float64), layout.sample_lengths, 1 / math.sqrt(HEAD_DIM))
             for transport in transports:
                 for dtype, tolerance in TOLERANCES.items():
                     attention = _core_attention(groups, heads, dtype, transport)
-                    attention.backend.forward_tile = 4 if heads == HEADS[-1] else None  # long samples in pieces
+                    attention.backend.forward_tile = 4 if heads == (28, 4) else None  # long samples in pieces
                     values = _run(attention, layout, [x[rows] for x in _global_tensors(layout, heads, dtype)])
                     for name, value, right in zip(("out", "dq", "dk", "dv"), values, exact, strict=True):
                         error = relative_error(value, right[rows])
@@ -104,6 +108,59 @@ def test_every_mesh_agrees_with_one_rank(ulysses_size, ring_size):
     worst = run_ranks(_compare_everything, mesh.world_size, mesh)
     # The two dtypes really differ: fp32 must be visibly worse than fp64, or the test compares a value with itself.
     assert all(errors[torch.float32] > 1e-9 > errors[torch.float64] for errors in worst)
+
+
+@pytest.mark.parametrize("ulysses_size", [2, 4])
+def test_heads_in_parts_agree_with_one_rank(ulysses_size):
+    layout = pad_samples(PACKS["one sample"], ulysses_size=ulysses_size, ring_size=1)
+    with mock.patch.object(ulysses, "PART_WORK", 0):
+        parts = [ulysses.num_parts(layout, *heads) for heads in PARTED_HEADS]
+    assert parts == {2: [2, 2, 4, 3], 4: [1, 1, 2, 3]}[ulysses_size]
+    run_ranks(_compare_everything, ulysses_size, Mesh(ulysses_size, 1, 1, ulysses_size, 1), 0, PARTED_HEADS)
+
+
+def test_one_part_travels_while_another_is_computed():
+    """The order in which transfers are started and kernels are launched, in forward and backward."""
+    log = []
+
+    class Logging(type(get_backend("reference"))):
+        def forward(self, *tensors, **settings):
+            log.append("compute")
+            return super().forward(*tensors, **settings)
+
+        def backward(self, *tensors, **settings):
+            log.append("compute")
+            return super().backward(*tensors, **settings)
+
+    def body(rank):
+        from megatron_longvila.attention import attention_2d
+        from megatron_longvila.parallel.groups import initialize_groups
+
+        groups = initialize_groups(Mesh(2, 1, 1, 2, 1))
+        start = attention_2d.start_exchange_blocks
+        layout = pad_samples((50,), ulysses_size=2, ring_size=1)
+        attention = _core_attention(groups, (8, 4), torch.float32)
+        attention.backend = Logging()
+        with (
+            mock.patch.object(ulysses, "PART_WORK", 0),
+            mock.patch.object(attention_2d, "start_exchange_blocks", lambda *inputs: (log.append("send"), start(*inputs))[1]),
+        ):
+            _run(attention, layout, [x[rank * 25 : rank * 25 + 25] for x in _global_tensors(layout, (8, 4), torch.float32)])
+        return log
+
+    step = ["send", "send", "compute", "send", "compute", "send"]
+    assert run_ranks(body, 2) == [step + step] * 2
+
+
+def test_parts_pay_only_where_each_keeps_a_gpu_busy():
+    def parts(lengths, heads, ulysses_size, ring_size=1):
+        return ulysses.num_parts(pad_samples(lengths, ulysses_size=ulysses_size, ring_size=ring_size), *heads)
+
+    long = (1 << 20,)
+    assert parts(long, (32, 8), 2) == 4 and parts(long, (28, 4), 2) == 2 and parts(long, (64, 12), 4) == 3
+    assert parts(long, (28, 4), 4) == 1  # one key/value head cannot be cut
+    assert parts(long, (32, 8), 1) == 1 and parts(long, (32, 8), 2, ring_size=2) == 1
+    assert parts((4096,), (32, 8), 2) == 1 and parts((4096,) * 64, (32, 8), 2) == 1
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -13,7 +13,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Qwen2-7B, 4096 rows of a rank.
 FULL_SIZE = {
     "pack_qkv": dict(rows=4096, heads=(28, 4), head_dim=128, ulysses_size=4),
-    "unpack_heads": dict(ranks=4, rows=4096, heads=7, head_dim=128),
+    "swap_into": dict(ranks=4, rows=4096, heads=7, head_dim=128),
     "merge_into": dict(rows=4096, heads=28, head_dim=128),
     "take_rows": dict(rows=4096, taken=4000, width=3584),
     "place_rows": dict(rows=4096, placed=4000, width=3584),
@@ -43,6 +43,15 @@ def _merged(kernels, block_out_TNH):
     return out
 
 
+def _swapped(kernels, x_TUNH):
+    """From rows to a block for each rank and back into one part of twice as wide rows."""
+    blocks_UTNH = x_TUNH.new_empty(x_TUNH.shape[1], x_TUNH.shape[0], *x_TUNH.shape[2:])
+    kernels.swap_into(blocks_UTNH, x_TUNH)
+    wide_TUPNH = x_TUNH.new_zeros(*x_TUNH.shape[:2], 2, *x_TUNH.shape[2:])
+    kernels.swap_into(wide_TUPNH[:, :, 1], blocks_UTNH)
+    return wide_TUPNH
+
+
 def _cross_entropy_gradient(kernels, logits_LV):
     labels = torch.full((len(logits_LV),), 150_000, device=logits_LV.device)
     lse, target = kernels.lse_and_target(logits_LV, labels, 0)
@@ -51,9 +60,10 @@ def _cross_entropy_gradient(kernels, logits_LV):
 
 # Each row of the result depends on its own row alone, so the last rows must come out the same when they are computed by themselves.
 ROW_WISE = {
-    "pack_qkv": ((480_000, 4608), lambda k, x: k.pack_qkv(x, None, x[:, :128].float(), 4, 1)[0]),
-    "pack_qkv's last rank": ((480_000, 4608), lambda k, x: k.pack_qkv(x, None, x[:, :128].float(), 4, 4)[3]),
-    "unpack_heads": ((310_000, 2, 28, 128), lambda k, x: k.unpack_heads(x.transpose(0, 1))),
+    "pack_qkv": ((480_000, 4608), lambda k, x: k.pack_qkv(x, None, x[:, :128].float(), 4, 1)[0, 0]),
+    "pack_qkv's last rank": ((480_000, 4608), lambda k, x: k.pack_qkv(x, None, x[:, :128].float(), 4, 4)[0, 3]),
+    "pack_qkv's last part": ((480_000, 4608), lambda k, x: k.pack_qkv(x, None, x[:, :128].float(), 4, 2, 2)[1, 1]),
+    "swap_into": ((310_000, 2, 28, 128), _swapped),
     "merge_into": ((610_000, 28, 128), _merged),
     "take_rows": ((610_000, 3584), lambda k, x: k.take_rows(x, torch.arange(len(x), device=x.device))),
     "place_rows": ((610_000, 3584), lambda k, x: k.place_rows(x, 3 * x[-1:], torch.full((1,), len(x) - 1, device=x.device))),
