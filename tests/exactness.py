@@ -61,7 +61,7 @@ def ring_on_one_device(
         def source(visit, rank=rank):
             """Rows of the pack that a transfer brings."""
             if transport == "all_gather":
-                return torch.arange(layout.total_rows, device=q.device)
+                return torch.cat(shares) if ring.fits_as_gathered(layout) else torch.arange(layout.total_rows, device=q.device)
             sender = (rank - visit.step) % size
             return shares[sender][ring.sent_rows(layout, sender, rank, q.device)]
 

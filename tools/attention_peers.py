@@ -148,7 +148,7 @@ def without_transfers(case: Case, ring_size: int, transport: str, tile: int | No
 
     q, k, v, grad_out = (random(layout.share_rows, n) for n in (heads[0], heads[1], heads[1], heads[0]))
     arrived = []
-    for visit in ring.planned_visits(layout, rank, transport, heads[1]):
+    for visit in ring.visits_of(call, heads[1]):
         sender = (rank - visit.step) % ring_size
         num_rows = layout.total_rows if transport == "all_gather" else ring.num_sent(layout, sender, rank)
         arrived.append(random(num_rows, 2 * (visit.kv_heads.stop - visit.kv_heads.start)))

@@ -41,8 +41,8 @@ class CoreAttention(torch.nn.Module):
 
     Args:
         config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection: given by Megatron.
-        groups: process groups; backend: computes one block; transport: `all_gather` or `p2p`; kernels: what surrounds the blocks. Given by
-            the layer spec.
+        groups: process groups; backend: computes one block; transport: `all_gather` or `p2p`; kernels: what surrounds the blocks;
+            crosses_hosts: whether rings do. Given by the layer spec.
 
     Raises:
         ValueError: heads that ulysses cannot split, dropout, a window, or a head dim or dtype that the backend cannot do.
@@ -62,12 +62,14 @@ class CoreAttention(torch.nn.Module):
         backend: Backend,
         transport: str,
         kernels: Kernels = REFERENCE,
+        crosses_hosts: bool = False,
     ):
         super().__init__()
         assert attention_type == "self" and attn_mask_type == AttnMaskType.causal, (attention_type, attn_mask_type)
         _check(config, groups, transport)
         backend.check(head_dim=config.kv_channels, dtype=config.params_dtype)
         self.groups, self.backend, self.transport, self.kernels = groups, backend, transport, kernels
+        self.crosses_hosts = crosses_hosts
         self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
         self.ring_rank = dist.get_rank(groups.ring) if groups.mesh.ring_size > 1 else 0
 
@@ -96,7 +98,8 @@ class CoreAttention(torch.nn.Module):
         return out.reshape(num_rows, 1, -1)
 
     def _call(self, layout: SequenceLayout) -> RingCall:
-        return RingCall(layout, self.ring_rank, self.groups.ring, self.transport, self.backend, self.scale, self.kernels)
+        ring = self.ring_rank, self.groups.ring, self.transport
+        return RingCall(layout, *ring, self.backend, self.scale, self.kernels, self.crosses_hosts)
 
 
 def _check(config: TransformerConfig, groups: Groups, transport: str) -> None:

@@ -10,6 +10,8 @@ Keys and values of the other ranks travel while the own rows are computed, and w
 travel there, and they do so while the own rows are computed. No key gets gradients from two blocks of one rank, so the parts of dK and dV
 are sent in the dtype the kernel wrote, without loss, and added in fp32 by the rank that owns the rows. Between hosts, groups of heads
 travel one after the other, so that the first are computed with, and their gradients return, while the others are still on their way.
+The sums of grad_out * out over a row's heads (delta), which every block of the row needs, are not handed on: the kernels take none and make
+them again in each call, a pass over two of the six tensors that a block reads.
 Source: zigzag ring attention (ring-flash-attention) and Llama 3's all-gather of keys and values (arXiv 2407.21783, section 3.3.2).
 
 Shapes: R ranks, S rows of a share, N query heads, K key/value heads, H head dim; KV is [S, 2K, H], keys before values.
@@ -35,7 +37,10 @@ from megatron_longvila.parallel.collectives import PendingRows, ring_send_recv, 
 from megatron_longvila.parallel.plan import SequenceLayout, share_order
 
 TRANSPORTS = ("all_gather", "p2p")
-HEAD_GROUPS = 4  # of one rank's keys and values with `p2p`, if there are as many key/value heads; fewer for packs, whose blocks are small
+# Of one rank's keys and values with `p2p` between hosts, if there are as many key/value heads; fewer for packs, whose blocks are small.
+# Inside a host the own rows hide a whole transfer, and larger blocks are faster.
+HEAD_GROUPS = 4
+LONG_RING = 4  # ranks from which one fp32 sum of dQ takes less memory than the parts of it in the dtype that kernels write
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class RingCall:
         transport: `all_gather` (one transfer, few large blocks; inside a host) or `p2p` (one transfer per other rank, each computed with
             while the next ones travel, and only rows that are looked at; across hosts).
         kernels: merge blocks and unpack heads.
+        crosses_hosts: whether the ring's ranks are on several hosts.
     """
 
     layout: SequenceLayout
@@ -56,6 +62,7 @@ class RingCall:
     backend: Backend
     scale: float
     kernels: Kernels = REFERENCE
+    crosses_hosts: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +92,15 @@ def own_blocks(layout: SequenceLayout, tile: int | None = None) -> tuple[Block, 
 
 @lru_cache(maxsize=64)
 def gathered_blocks(layout: SequenceLayout, rank: int, tile: int | None = None) -> tuple[Block, ...]:
-    """Rectangles against the other ranks' keys; `k` counts rows of the padded pack, where each rectangle's chunks are neighbours."""
+    """Rectangles against the other ranks' keys; `k` counts rows of the padded pack, where each rectangle's chunks are neighbours.
+
+    Of the gathered shares, one after the other, where `fits_as_gathered`.
+    """
+    if fits_as_gathered(layout):
+        share = slice(0, layout.share_rows)
+        half = layout.share_rows // 2
+        both = Block(slice(half, share.stop), slice(share.stop, 2 * share.stop)) if rank == 0 else Block(share, slice(0, half))
+        return tuple(_cut([both], tile))
     blocks = []
     for rows, chunk in _samples(layout):
         start = rows.start * layout.ring_size
@@ -148,6 +163,11 @@ def _cut(blocks: list[Block], tile: int | None) -> list[Block]:
     ]
 
 
+def fits_as_gathered(layout: SequenceLayout) -> bool:
+    """Whether the rows that a rank looks at are neighbours among the gathered shares: both chunks of rank 1, or the first of rank 0."""
+    return layout.ring_size == 2 and len(layout.sample_lengths) == 1
+
+
 @lru_cache(maxsize=16)
 def gathered_row(layout: SequenceLayout, device: torch.device) -> Tensor:
     """Where each row of the padded pack lies among the gathered shares. int64 [total_rows]."""
@@ -170,7 +190,7 @@ def attend(q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, call: RingCall) -> tuple
         (out_SNH, lse_SN, the keys and values received from other ranks, which `gradients` wants back).
     """
     assert q_SNH.shape[0] == call.layout.share_rows, (tuple(q_SNH.shape), call.layout)
-    visits = planned_visits(call.layout, call.rank, call.transport, k_SKH.shape[1], call.backend.forward_tile)
+    visits = visits_of(call, k_SKH.shape[1], call.backend.forward_tile)
     arriving = _send_kv(k_SKH, v_SKH, visits, call)
     running = _Softmax(q_SNH, k_SKH, v_SKH, call)  # while keys and values travel
     kept = []
@@ -198,13 +218,17 @@ def gradients(
     q, k, v = saved[:3]
     if call.layout.ring_size == 1:
         return _own_gradients(grad_out, saved, call, packed)
-    visits = planned_visits(call.layout, call.rank, call.transport, k.shape[1])
+    visits, dtype = visits_of(call, k.shape[1]), accumulation_dtype(q.dtype)
     dq_parts, returning = [], []
+    dq = q.new_zeros(q.shape, dtype=dtype) if call.transport == "p2p" and call.layout.ring_size >= LONG_RING else None
     for kv, visit in zip(kept, visits, strict=True):
         returning.append(_send_dkv(_visit_gradients(grad_out, saved, kv, visit, call, dq_parts), visit, call))
-    dq, dk, dv = (x.to(accumulation_dtype(q.dtype)) for x in _own_gradients(grad_out, saved, call))  # while gradients travel
-    for rows, heads, part in dq_parts:
-        dq[rows, heads] += part
+        if dq is not None:
+            _add_parts(dq, dq_parts)
+    own_dq, *own_dkv = _own_gradients(grad_out, saved, call)  # while gradients travel
+    dq = own_dq.to(dtype) if dq is None else dq.add_(own_dq)
+    dk, dv = (x.to(dtype) for x in own_dkv)
+    _add_parts(dq, dq_parts)
     for visit, pending in zip(visits, returning, strict=True):
         _add_dkv((dk[:, visit.kv_heads], dv[:, visit.kv_heads]), pending.wait(), visit, call)
     result, parts = _room(q, k, packed)
@@ -228,14 +252,20 @@ class Visit:
         return slice(self.kv_heads.start * group, self.kv_heads.stop * group)
 
 
+def visits_of(call: RingCall, num_kv_heads: int, tile: int | None = None) -> tuple[Visit, ...]:
+    """Every transfer to this rank, in the order of arrival."""
+    return _planned_visits(call.layout, call.rank, call.transport, num_kv_heads, HEAD_GROUPS if call.crosses_hosts else 1, tile)
+
+
 @lru_cache(maxsize=64)
-def planned_visits(layout: SequenceLayout, rank: int, transport: str, num_kv_heads: int, tile: int | None = None) -> tuple[Visit, ...]:
-    """Every transfer to one rank, in the order of arrival."""
+def _planned_visits(
+    layout: SequenceLayout, rank: int, transport: str, num_kv_heads: int, head_groups: int, tile: int | None
+) -> tuple[Visit, ...]:
     if layout.ring_size == 1:
         return ()
     if transport == "all_gather":
         return (Visit(slice(0, num_kv_heads), gathered_blocks(layout, rank, tile), 0, 0),)
-    groups = math.gcd(num_kv_heads, max(1, HEAD_GROUPS // len(layout.sample_lengths)))
+    groups = math.gcd(num_kv_heads, max(1, head_groups // len(layout.sample_lengths)))
     width = num_kv_heads // groups
     return tuple(
         Visit(slice(start, start + width), visiting_blocks(layout, rank, (rank - step) % layout.ring_size, tile), step, tag)
@@ -255,7 +285,7 @@ def _send_kv(k: Tensor, v: Tensor, visits: tuple[Visit, ...], call: RingCall) ->
         sent = kv[sent_rows(layout, rank, (rank + visit.step) % size, kv.device)]
         num_rows = num_sent(layout, (rank - visit.step) % size, rank)
         pending.append(ring_send_recv(sent, call.group, step=visit.step, recv_rows=num_rows, tag=visit.tag))
-    if call.transport == "all_gather":
+    if call.transport == "all_gather" and not fits_as_gathered(layout):
         return (gathered.wait().index_select(0, gathered_row(layout, k.device)) for gathered in pending)
     return (exchange.wait() for exchange in pending)
 
@@ -264,8 +294,8 @@ def _send_dkv(dkv: Tensor, visit: Visit, call: RingCall) -> PendingRows:
     """Begin to send the gradients of a received buffer to the ranks it came from, and to receive those of the own rows."""
     layout, rank, size = call.layout, call.rank, call.layout.ring_size
     if call.transport == "all_gather":
-        by_rank = dkv.index_select(0, pack_row(layout, dkv.device)).unflatten(0, (size, layout.share_rows))
-        return start_exchange_blocks(by_rank, call.group)
+        by_rank = dkv if fits_as_gathered(layout) else dkv.index_select(0, pack_row(layout, dkv.device))
+        return start_exchange_blocks(by_rank.unflatten(0, (size, layout.share_rows)), call.group)
     num_rows = num_sent(layout, rank, (rank + visit.step) % size)
     return ring_send_recv(dkv, call.group, step=-visit.step, recv_rows=num_rows, tag=visit.tag)
 
@@ -336,6 +366,13 @@ def _visit_gradients(
             part.copy_(grad)
         dq_parts.append((block.q, heads, dq))
     return dkv
+
+
+def _add_parts(dq: Tensor, dq_parts: list[tuple[slice, slice, Tensor]]) -> None:
+    """Add the parts of dq to their sum, and forget them."""
+    for rows, heads, part in dq_parts:
+        dq[rows, heads] += part
+    dq_parts.clear()
 
 
 def _own_gradients(grad_out: Tensor, saved: tuple[Tensor, ...], call: RingCall, packed: bool = False) -> tuple[Tensor, ...] | Tensor:

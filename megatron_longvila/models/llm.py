@@ -29,11 +29,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 
 
-def layer_spec(config: Config, groups: Groups, backend: Backend, transport: str, kernels: Kernels) -> TransformerBlockSubmodules:
-    """Layers of this rank's pipeline stage; `transport` is how the ring axis moves keys and values, `all_gather` or `p2p`."""
+def layer_spec(config: Config, groups: Groups, backend: Backend, kernels: Kernels) -> TransformerBlockSubmodules:
+    """Layers of this rank's pipeline stage."""
     norm = ModuleSpec(module=RMSNorm, params={"kernels": kernels})
     stages = pipeline_layers(config.model.llm.num_layers, groups.mesh.pp_size, config.parallel.pipeline_layers)
-    core_attention = partial(CoreAttention, groups=groups, backend=backend, transport=transport, kernels=kernels)
+    ring = dict(transport=ring_transport(config, groups), crosses_hosts=rings_cross_hosts(config, groups))
+    core_attention = partial(CoreAttention, groups=groups, backend=backend, kernels=kernels, **ring)
     return block_spec(
         config.model.layers,
         stages[groups.pp.rank()],
@@ -52,16 +53,21 @@ def fuses_attention(config: Config, groups: Groups, kernels: Kernels) -> bool:
 
 
 def ring_transport(config: Config, groups: Groups) -> str:
-    """`parallel.ring_transport` with `auto` resolved: all_gather while every ring group stays on one host, p2p otherwise.
+    """`parallel.ring_transport` with `auto` resolved: all_gather while every ring group stays on one host, p2p otherwise."""
+    if config.parallel.ring_transport != "auto":
+        return config.parallel.ring_transport
+    return "p2p" if rings_cross_hosts(config, groups) else "all_gather"
+
+
+def rings_cross_hosts(config: Config, groups: Groups) -> bool:
+    """Whether any ring group has ranks on several hosts.
 
     `parallel.gpus_per_host` may still be `auto` here: it then means that all ranks are on one host.
     """
     parallel, mesh = config.parallel, groups.mesh
-    if parallel.ring_transport != "auto":
-        return parallel.ring_transport
     hosted = mesh.world_size if parallel.gpus_per_host == "auto" else min(parallel.gpus_per_host, mesh.world_size)
     # cp groups start at multiples of their span: a ring stays on one host if the host size is a multiple of that span.
-    return "all_gather" if hosted % (mesh.tp_size * mesh.cp_size) == 0 else "p2p"
+    return hosted % (mesh.tp_size * mesh.cp_size) != 0
 
 
 class LanguageModel(GPTModel):
@@ -71,7 +77,7 @@ class LanguageModel(GPTModel):
         """`megatron_config` is `transformer_config(config, groups)`, shared with the enclosing model as Megatron's schedules expect."""
         llm = config.model.llm
         kernels = get_kernels(config.model.kernels, platform.device())
-        spec = layer_spec(config, groups, get_backend(config.model.attention_backend), ring_transport(config, groups), kernels)
+        spec = layer_spec(config, groups, get_backend(config.model.attention_backend), kernels)
         super().__init__(
             megatron_config,
             spec,

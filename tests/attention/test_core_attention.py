@@ -25,7 +25,7 @@ HEAD_DIM = 8
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
-def _core_attention(groups, heads, dtype, transport="all_gather", **changes):
+def _core_attention(groups, heads, dtype, transport="all_gather", crosses_hosts=False, **changes):
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -48,6 +48,7 @@ def _core_attention(groups, heads, dtype, transport="all_gather", **changes):
         groups=groups,
         backend=get_backend("reference"),
         transport=transport,
+        crosses_hosts=crosses_hosts,
     )
 
 
@@ -83,7 +84,9 @@ def _compare_everything(rank, mesh, part_work=ulysses.PART_WORK, all_heads=HEADS
     from megatron_longvila.parallel.groups import initialize_groups
 
     groups = initialize_groups(mesh)
-    transports = TRANSPORTS if mesh.ring_size > 1 else TRANSPORTS[:1]
+    transports = [("all_gather", False)]
+    if mesh.ring_size > 1:
+        transports += [("p2p", False), ("p2p", True)]
     worst = {}
     for pack, lengths in PACKS.items():
         layout = pad_samples(lengths, ulysses_size=mesh.ulysses_size, ring_size=mesh.ring_size)
@@ -92,7 +95,7 @@ def _compare_everything(rank, mesh, part_work=ulysses.PART_WORK, all_heads=HEADS
             exact = dense_gradients(*_global_tensors(layout, heads, torch.float64), layout.sample_lengths, 1 / math.sqrt(HEAD_DIM))
             for transport in transports:
                 for dtype, tolerance in TOLERANCES.items():
-                    attention = _core_attention(groups, heads, dtype, transport)
+                    attention = _core_attention(groups, heads, dtype, *transport)
                     attention.backend.forward_tile = 4 if heads == (28, 4) else None  # long samples in pieces
                     values = _run(attention, layout, [x[rows] for x in _global_tensors(layout, heads, dtype)])
                     for name, value, right in zip(("out", "dq", "dk", "dv"), values, exact, strict=True):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_longvila.attention.ring import gathered_blocks, own_blocks, sent_rows, visiting_blocks
+from megatron_longvila.attention.ring import fits_as_gathered, gathered_blocks, own_blocks, sent_rows, visiting_blocks
 from megatron_longvila.parallel.plan import SequenceLayout, pad_samples, share_order
 
 
@@ -33,7 +33,7 @@ def _received(layout, share, source, reader):
 def test_blocks_meet_every_pair_exactly_once(ring_size, lengths, tile):
     layout = pad_samples(lengths, ulysses_size=2, ring_size=ring_size)
     shares = [share_order(layout, rank) for rank in range(ring_size)]
-    pack = np.arange(layout.total_rows)
+    pack = np.concatenate(shares) if fits_as_gathered(layout) else np.arange(layout.total_rows)
     for rank in range(ring_size):
         own = [pair for block in own_blocks(layout, tile) for pair in _pairs(block, shares[rank], shares[rank])]
         gathered = [pair for block in gathered_blocks(layout, rank, tile) for pair in _pairs(block, shares[rank], pack)]

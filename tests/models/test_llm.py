@@ -193,12 +193,12 @@ def test_auto_transport_follows_the_hosts(gpus_per_host, sizes, expected):
     from types import SimpleNamespace
 
     from megatron_longvila.mesh import Mesh
-    from megatron_longvila.models.llm import ring_transport
+    from megatron_longvila.models.llm import ring_transport, rings_cross_hosts
 
     ulysses_size, ring_size = sizes
     groups = SimpleNamespace(mesh=Mesh(8, 1, 1, ulysses_size, ring_size))
     config = make_config("qwen2", parallel={"gpus_per_host": gpus_per_host})
-    assert ring_transport(config, groups) == expected
+    assert ring_transport(config, groups) == expected and rings_cross_hosts(config, groups) == (expected == "p2p")
     chosen = replace(config, parallel=replace(config.parallel, ring_transport="p2p"))
     assert ring_transport(chosen, groups) == "p2p"
 
