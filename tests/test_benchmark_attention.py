@@ -8,7 +8,7 @@ from programs import ROOT, load_script
 
 from ranks import run_ranks, warm_parent
 
-FLAGS = ["--heads", "4/2", "--head_dim", "8", "--iterations", "1", "--warm_up", "0", "--tiles", "8"]
+FLAGS = ["--heads", "4/2", "--head_dim", "8", "--iterations", "1", "--warm_up", "0", "--tiles", "8", "--parts", "1"]
 COLUMNS = {"work", "scheme", "heads", "seq_len", "hosts", "median_ms", "tflops_per_gpu", "peak_memory_gib", "fraction_of_no_communication"}
 
 
@@ -26,9 +26,14 @@ def test_rows_are_measured_once_and_drawn(tmp_path):
     rows = _run(path, *flags)
     assert all(set(row) >= COLUMNS and row["median_ms"] > 0 and row["peak_memory_gib"] is None for row in rows)
     schemes = {row["scheme"] for row in rows if row["work"] == "forward+backward"}
-    ours = {"ulysses2", "ulysses2 tile8", *(f"ulysses1 ring2 {x}{tile}" for x in ("all_gather", "p2p") for tile in ("", " tile8"))}
+    ours = {
+        "ulysses2",
+        "ulysses2 tile8",
+        "ulysses2 parts1",
+        *(f"ulysses1 ring2 {x}{tile}" for x in ("all_gather", "p2p") for tile in ("", " tile8")),
+    }
     assert {name.removeprefix("mmsp ") for name in schemes if name.startswith("mmsp ")} == ours
-    assert {"no communication, one call", "three all-to-alls", "replicated"} <= schemes
+    assert {"no communication, one call", "no communication, ulysses2 parts1", "three all-to-alls", "replicated"} <= schemes
     for work in {row["work"] for row in rows}:
         same = [row for row in rows if row["work"] == work]
         ceiling = min(row["median_ms"] for row in same if row["scheme"].startswith("no communication"))
@@ -56,14 +61,15 @@ def test_the_schemes_compute_the_same_attention():
     peers = load_script(ROOT / "tools" / "attention_peers.py")
     from megatron_longvila.parallel.plan import SequenceLayout, owned_rows
 
-    case = peers.Case(4, 2, 8, (48, 16), torch.float64)
+    case = peers.Case(8, 4, 8, (48, 16), torch.float64)
 
     def body(rank):
         generator = torch.Generator().manual_seed(0)
-        whole = [torch.randn(64, n, 8, dtype=torch.float64, generator=generator) for n in (4, 2, 2, 4)]
+        whole = [torch.randn(64, n, 8, dtype=torch.float64, generator=generator) for n in (8, 4, 4, 8)]
         results = {}
         builders = {
             "ulysses": (2, 1, lambda: peers.ours(case, 2, 1, "all_gather", None)),
+            "parts": (2, 1, lambda: peers.ours(case, 2, 1, "all_gather", None, 2)),
             "tiles": (2, 1, lambda: peers.ours(case, 2, 1, "all_gather", 8)),
             "ring": (1, 2, lambda: peers.ours(case, 1, 2, "p2p", None)),
             "three": (2, 1, lambda: peers.three_all_to_alls(case)),
@@ -74,7 +80,7 @@ def test_the_schemes_compute_the_same_attention():
             inputs = peers.Inputs(*(x[rows] for x in whole))
             results[name] = [torch.zeros_like(whole[index]) for index in (0, 0, 1, 2)]
             for total, part in zip(results[name], build()(inputs, True), strict=True):
-                total[rows] = part.detach().view(len(rows), *total.shape[1:])
+                total[rows] = part.detach().reshape(len(rows), *total.shape[1:])
                 dist.all_reduce(total)
         errors = {}
         for name, values in results.items():

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from megatron_longvila import platform
 from megatron_longvila.attention import ring
-from megatron_longvila.attention.attention_2d import attention_2d
+from megatron_longvila.attention.attention_2d import attention_2d, packed_attention_2d
 from megatron_longvila.attention.backends import Backend, get_backend
+from megatron_longvila.attention.ulysses import num_parts
 from megatron_longvila.kernels.choice import get_kernels
 from megatron_longvila.mesh import Mesh, rank_groups
 from megatron_longvila.parallel.collectives import gather_rows, heads_to_sequence, sequence_to_heads
@@ -38,13 +39,14 @@ class NotAvailable(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: a pack of samples (padded lengths) over all ranks of the job."""
+    """One problem: a pack of samples (padded lengths) over all ranks of the job, which are on so many hosts."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     lengths: tuple[int, ...]
     dtype: torch.dtype
+    hosts: int = 1
 
     @property
     def total_rows(self) -> int:
@@ -111,14 +113,46 @@ def _backend(name: str, tile: int | None) -> Backend:
     return backend
 
 
-def ours(case: Case, ulysses_size: int, ring_size: int, transport: str, tile: int | None, backend: str = "auto") -> Step:
-    """This repository's attention. `tile`: None takes the backend's own, 0 turns tiles off."""
+def _call(
+    case: Case, rank: int, group: dist.ProcessGroup | None, layout: SequenceLayout, transport: str, backend: Backend
+) -> ring.RingCall:
+    kernels = get_kernels("auto", platform.device())
+    return ring.RingCall(layout, rank, group, transport, backend, case.scale, kernels, crosses_hosts=case.hosts > 1)
+
+
+def ours(
+    case: Case, ulysses_size: int, ring_size: int, transport: str, tile: int | None, parts: int | None = None, backend: str = "auto"
+) -> Step:
+    """This repository's attention. `tile`: None takes the backend's own, 0 turns tiles off; `parts` of ulysses: None as it decides itself.
+
+    With ulysses it starts where it does in the model, at the output of the projection: one kernel adds a bias, rotates and packs. Both
+    change nothing here, but their work is done, and timed; a ring alone starts at queries, keys and values, like the peers.
+    """
     ulysses, ring_group = _groups(ulysses_size, ring_size)
     layout = SequenceLayout(ring_size, ulysses_size, case.lengths)
-    rank = dist.get_rank(ring_group)
-    kernels = get_kernels("auto", platform.device())
-    call = ring.RingCall(layout, rank, ring_group, transport, _backend(backend, tile), case.scale, kernels)
-    return _autograd_step(lambda q, k, v: attention_2d(q, k, v, call, ulysses))
+    call = _call(case, dist.get_rank(ring_group), ring_group, layout, transport, _backend(backend, tile))
+    if ulysses_size == 1:
+        return _autograd_step(lambda q, k, v: attention_2d(q, k, v, call, None))
+    parts = parts or num_parts(layout, case.num_heads, case.num_kv_heads)
+    per_key, head_dim, device = case.num_heads // case.num_kv_heads, case.head_dim, platform.device()
+    width = case.num_kv_heads * (per_key + 2) * head_dim
+    table = torch.cat((torch.ones(layout.local_rows, head_dim // 2), torch.zeros(layout.local_rows, head_dim // 2)), dim=1).to(device)
+    projected = []  # what the projection would give, made once from the inputs
+
+    def step(inputs: Inputs, backward: bool) -> list[Tensor]:
+        if not projected:
+            groups = (inputs.q.unflatten(1, (-1, per_key)), inputs.k[:, :, None], inputs.v[:, :, None])
+            projected.append(torch.cat(groups, dim=2).flatten(1))
+        qkv, bias = projected[0].detach().requires_grad_(), projected[0].new_zeros(width).requires_grad_()
+        sizes = case.num_kv_heads, ulysses_size, parts
+        out = packed_attention_2d(call.kernels.pack_qkv(qkv, bias, table, *sizes), per_key, call, ulysses)
+        if not backward:
+            return [out]
+        out.backward(inputs.grad_out)
+        grads = qkv.grad.unflatten(1, (case.num_kv_heads, per_key + 2, head_dim))
+        return [out, grads[:, :, :per_key], grads[:, :, per_key], grads[:, :, per_key + 1]]
+
+    return step
 
 
 class _Here:
@@ -131,22 +165,24 @@ class _Here:
         return self.rows
 
 
-def without_transfers(case: Case, ring_size: int, transport: str, tile: int | None, backend: str = "auto") -> Step:
-    """Our block schedule on one rank's share of heads and rows, with nothing sent: what a rank would need if links were infinitely fast."""
+def without_transfers(case: Case, ring_size: int, transport: str, tile: int | None, parts: int = 1, backend: str = "auto") -> Step:
+    """Our block schedule on one rank's share of heads and rows, with nothing sent: what a rank would need if links were infinitely fast.
+
+    `parts`: the heads in so many parts, one after the other, as ulysses computes them.
+    """
     size = dist.get_world_size() // ring_size
     if case.num_heads % size:
         raise NotAvailable(f"{case.num_heads} heads are not divisible by {size}")
     layout = SequenceLayout(ring_size, 1, case.lengths)
     rank = dist.get_rank() // size
-    kernels = get_kernels("auto", platform.device())
-    call = ring.RingCall(layout, rank, None, transport, _backend(backend, tile), case.scale, kernels)
-    heads = (case.num_heads // size, max(1, case.num_kv_heads // size))
+    call = _call(case, rank, None, layout, transport, _backend(backend, tile))
+    heads = (case.num_heads // size // parts, max(1, case.num_kv_heads // size // parts))
     generator = torch.Generator(platform.device()).manual_seed(dist.get_rank())
 
     def random(num_rows: int, num_heads: int) -> Tensor:
         return torch.randn(num_rows, num_heads, case.head_dim, generator=generator, dtype=case.dtype, device=platform.device())
 
-    q, k, v, grad_out = (random(layout.share_rows, n) for n in (heads[0], heads[1], heads[1], heads[0]))
+    tensors = [[random(layout.share_rows, n) for n in (heads[0], heads[1], heads[1], heads[0])] for _ in range(parts)]
     arrived = []
     for visit in ring.visits_of(call, heads[1]):
         sender = (rank - visit.step) % ring_size
@@ -159,8 +195,12 @@ def without_transfers(case: Case, ring_size: int, transport: str, tile: int | No
             mock.patch.object(ring, "_send_dkv", lambda dkv, visit, call: _Here(dkv)),
             mock.patch.object(ring, "_add_dkv", lambda *_: None),
         ):
-            out, lse, kept = ring.attend(q, k, v, call)
-            return [out, *(ring.gradients(grad_out, (q, k, v, out, lse), kept, call) if backward else ())]
+            results = [(*qkv, *ring.attend(*qkv, call)) for *qkv, _ in tensors]
+            outs = [out for *_, out, _, _ in results]
+            if not backward:
+                return outs
+            pairs = zip(tensors, results, strict=True)
+            return outs + [x for (*_, grad_out), (*saved, kept) in pairs for x in ring.gradients(grad_out, tuple(saved), kept, call)]
 
     return step
 
@@ -171,8 +211,7 @@ def three_all_to_alls(case: Case) -> Step:
     if case.num_kv_heads % size:
         raise NotAvailable(f"{case.num_kv_heads} key/value heads are not divisible by {size}")
     ulysses, _ = _groups(size, 1)
-    kernels = get_kernels("auto", platform.device())
-    call = ring.RingCall(SequenceLayout(1, 1, case.lengths), 0, None, "all_gather", get_backend("auto"), case.scale, kernels)
+    call = _call(case, 0, None, SequenceLayout(1, 1, case.lengths), "all_gather", get_backend("auto"))
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return heads_to_sequence(attention_2d(*(sequence_to_heads(x, ulysses) for x in (q, k, v)), call, None), ulysses)
@@ -183,8 +222,7 @@ def three_all_to_alls(case: Case) -> Step:
 def replicated(case: Case) -> Step:
     """Every rank gathers all rows, computes the whole attention and keeps its own rows."""
     rank, rows = dist.get_rank(), case.total_rows // dist.get_world_size()
-    kernels = get_kernels("auto", platform.device())
-    call = ring.RingCall(SequenceLayout(1, 1, case.lengths), 0, None, "all_gather", get_backend("auto"), case.scale, kernels)
+    call = _call(case, 0, None, SequenceLayout(1, 1, case.lengths), "all_gather", get_backend("auto"))
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention_2d(*(gather_rows(x, dist.group.WORLD) for x in (q, k, v)), call, None)[rank * rows : (rank + 1) * rows]

@@ -1,6 +1,8 @@
 """Distributed attention against its peers: every scheme in turn, in one process group, on the same inputs.
 
     torchrun --nproc_per_node 4 tools/benchmark_attention.py --output tools/benchmark_results/attention_4xh200.json --lengths 32K 64K
+    torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 33336 131000               # no multiples of 256
+    torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 32K --parts 1 2 4          # ulysses in parts
     torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 512K --time_limit_s 500   # again, until all is there
     torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 32K 128K --hosts 2        # two emulated nodes
     torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 128K --work "packed forward" "packed forward+backward"
@@ -10,7 +12,8 @@
 Rows that OUTPUT holds are not measured again, so a run that was cut short goes on where it stopped. Peers that are not installed are left
 out, and OUTPUT's twin `*_machine.json` says which, with hardware, versions and every command. Times are medians of 5 iterations after a
 warm-up, the largest over the ranks; TFLOP/s count the causal half and backward as 2.5 forwards. `peak_memory_gib` is what a step allocates
-at most beyond its inputs and results. `fraction_of_no_communication` compares with the fastest row named `no communication ...` of the
+at most beyond its inputs and results. MM-SP with ulysses is timed from the output of the projection on, bias and rotary included, as the model
+calls it; everything else starts at queries, keys and values. `fraction_of_no_communication` compares with the fastest row named `no communication ...` of the
 same run: the same kernels on the same share of heads and rows, with nothing sent.
 """
 
@@ -61,6 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", nargs="+", default=["forward+backward"], choices=WORKS)
     parser.add_argument("--hosts", type=int, default=1, help="2: emulate nodes, traffic between them through sockets")
     parser.add_argument("--tiles", type=count, nargs="*", default=[], help="also run ours with these forward tiles")
+    parser.add_argument("--parts", type=int, nargs="*", default=[], help="also run ulysses with the heads in so many parts")
     parser.add_argument("--schemes", default="", metavar="REGEX", help="only schemes whose name matches")
     parser.add_argument("--repeats", type=int, default=1, help="whole passes over all schemes, one after the other")
     parser.add_argument("--iterations", type=int, default=5)
@@ -90,10 +94,11 @@ def make_case(arguments: argparse.Namespace, work: str, heads: str, seq_len: int
     lengths = (seq_len,)
     if work.startswith("packed"):
         lengths = document_lengths(seq_len, arguments.shortest_document, arguments.longest_document, multiple)
-    return Case(num_heads, num_kv_heads, arguments.head_dim, lengths, torch.float32 if platform.is_cpu() else torch.bfloat16)
+    dtype = torch.float32 if platform.is_cpu() else torch.bfloat16
+    return Case(num_heads, num_kv_heads, arguments.head_dim, lengths, dtype, arguments.hosts)
 
 
-def schemes(case: Case, tiles: list[int]) -> dict[str, Callable[[], Step]]:
+def schemes(case: Case, tiles: list[int], parts: list[int]) -> dict[str, Callable[[], Step]]:
     """Builder of every scheme, by name."""
     size = dist.get_world_size()
     found: dict[str, Callable[[], Step]] = {"no communication, one call": partial(peers.without_transfers, case, 1, "all_gather", 0)}
@@ -104,6 +109,9 @@ def schemes(case: Case, tiles: list[int]) -> dict[str, Callable[[], Step]]:
             name = mesh + ("" if tile is None else f" tile{tile}")
             found[f"no communication, {name}"] = partial(peers.without_transfers, case, ring, transport, tile)
             ours[f"mmsp {name}"] = partial(peers.ours, case, ulysses, ring, transport, tile)
+        for number in (x for x in parts if ulysses > 1 and case.num_kv_heads % (ulysses * x) == 0):
+            found[f"no communication, {mesh} parts{number}"] = partial(peers.without_transfers, case, ring, transport, None, number)
+            ours[f"mmsp {mesh} parts{number}"] = partial(peers.ours, case, ulysses, ring, transport, None, number)
     found |= ours
     found |= {f"TE {mode}": partial(peers.transformer_engine, case, mode) for mode in ("p2p", "all_gather", "a2a", "a2a+p2p")}
     found["three all-to-alls"] = partial(peers.three_all_to_alls, case)
@@ -139,7 +147,7 @@ def run_case(arguments: argparse.Namespace, results: Results, work: str, heads: 
     inputs, backward = peers.make_inputs(case), "backward" in work
     outputs = [inputs.grad_out, *((inputs.q, inputs.k, inputs.v) if backward else ())]  # by their sizes
     warm_up = arguments.warm_up if arguments.warm_up is not None else 10 if seq_len <= 64 << 10 else 3 if seq_len <= 128 << 10 else 1
-    for name, build in schemes(case, arguments.tiles).items():
+    for name, build in schemes(case, arguments.tiles, arguments.parts).items():
         key = dict(work=work, scheme=name, heads=heads, seq_len=seq_len, hosts=arguments.hosts, repeat=repeat)
         if not re.search(arguments.schemes, name) or not is_wanted(name, case, work) or results.has(key):
             continue
