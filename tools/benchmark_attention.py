@@ -12,9 +12,9 @@
 Rows that OUTPUT holds are not measured again, so a run that was cut short goes on where it stopped. Peers that are not installed are left
 out, and OUTPUT's twin `*_machine.json` says which, with hardware, versions and every command. Times are medians of 5 iterations after a
 warm-up, the largest over the ranks; TFLOP/s count the causal half and backward as 2.5 forwards. `peak_memory_gib` is what a step allocates
-at most beyond its inputs and results. MM-SP with ulysses is timed from the output of the projection on, bias and rotary included, as the model
-calls it; everything else starts at queries, keys and values. `fraction_of_no_communication` compares with the fastest row named `no communication ...` of the
-same run: the same kernels on the same share of heads and rows, with nothing sent.
+at most beyond its inputs and results. MM-SP with ulysses is timed from the output of the projection on, bias and rotary included, as the
+model calls it; everything else starts at queries, keys and values. `fraction_of_no_communication` compares with the fastest row named
+`no communication ...` of the same run: the same kernels on the same share of heads and rows, with nothing sent.
 """
 
 from __future__ import annotations
