@@ -25,7 +25,8 @@ def num_parts(layout: SequenceLayout, num_heads: int, num_kv_heads: int) -> int:
     """How many parts each rank's heads travel in; the same on all ranks. One with a ring, whose own transfers the rows of a rank hide."""
     if layout.ulysses_size == 1 or layout.ring_size > 1:
         return 1
-    work = layout.total_rows // len(layout.sample_lengths) * num_heads // layout.ulysses_size
+    rows = sum(length**2 for length in layout.sample_lengths) // layout.total_rows  # of the sample that a typical score is in
+    work = rows * num_heads // layout.ulysses_size
     num_keys = num_kv_heads // layout.ulysses_size
     return max(parts for parts in range(1, MAX_PARTS + 1) if parts == 1 or (num_keys % parts == 0 and work >= parts * PART_WORK))
 

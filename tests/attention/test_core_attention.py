@@ -164,6 +164,7 @@ def test_parts_pay_only_where_each_keeps_a_gpu_busy():
     assert parts(long, (28, 4), 4) == 1  # one key/value head cannot be cut
     assert parts(long, (32, 8), 1) == 1 and parts(long, (32, 8), 2, ring_size=2) == 1
     assert parts((4096,), (32, 8), 2) == 1 and parts((4096,) * 64, (32, 8), 2) == 1
+    assert parts((33335,), (32, 8), 2) == 2  # whose padding is a sample of one row
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

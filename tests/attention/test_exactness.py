@@ -1,13 +1,17 @@
 """The helpers of the GPU's exactness tests, on a CPU: all ring ranks in one process against dense attention, and the sampled oracle."""
 
+from unittest import mock
+
 import pytest
 import torch
 from exactness import NAMES, SCALE, random_qkv, ring_on_one_device, sampled_errors
+from programs import ROOT, load_script
 
 from dense_attention import dense_gradients, relative_error
 from megatron_longvila.attention.backends import ReferenceBackend
 from megatron_longvila.attention.ring import TRANSPORTS
 from megatron_longvila.parallel.plan import pad_samples
+from ranks import run_ranks, warm_parent
 
 PACK = (41, 1, 90)
 
@@ -28,6 +32,21 @@ def test_the_ring_on_one_device_equals_dense_attention(ring_size, tile, transpor
     for name, value, right in zip(NAMES, values, exact, strict=False):
         assert relative_error(value, right) < 1e-12, name
     assert max(sampled_errors(tensors, values, layout, count=24).values()) < 1e-12
+
+
+def test_the_comparison_of_ranks_with_one_runs_and_sees_a_block_that_was_never_sent(capfd):
+    warm_parent()
+    tool = load_script(ROOT / "tests" / "gpu" / "attention_ranks_gpu.py")
+    assert run_ranks(lambda rank: tool.main(["--repeats", "2"]), 2) == [0, 0]
+    text = capfd.readouterr().out
+    assert text.count("ok  ") == 11 and "ulysses2 parts4" in text and "ulysses1 ring2 p2p hosts" in text
+
+    def broken(rank):
+        start = tool.attention_2d.__globals__["start_exchange_blocks"]
+        with mock.patch.dict(tool.attention_2d.__globals__, start_exchange_blocks=lambda x, *rest: start(torch.zeros_like(x), *rest)):
+            return tool.main(["--repeats", "1"])
+
+    assert run_ranks(broken, 2) == [5, 5]
 
 
 @pytest.mark.parametrize(("index", "name"), list(enumerate((*NAMES, "lse"))))
