@@ -10,6 +10,7 @@ is built, and an unknown one is refused. To add a torch version: print `live_sch
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -42,6 +43,18 @@ ACCEPTED_SCHEMAS: dict[str, tuple[str, ...]] = {
         "Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, "
         "Tensor philox_seed, Tensor philox_offset, *, float? scale=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     ),
+    "_flash_attention_forward": tuple(
+        "aten::_flash_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, "
+        "SymInt max_k, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, SymInt? window_size_left=None, "
+        "SymInt? window_size_right=None, Tensor? seqused_k=None, Tensor? alibi_slopes=None" + more + ") -> "
+        "(Tensor output, Tensor softmax_logsumexp, Tensor rng_state, Tensor unused, Tensor debug_attn_mask)"
+        for more in ("", ", Tensor? block_table=None, int? num_splits=None")
+    ),
+    "_flash_attention_backward": (
+        "aten::_flash_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+        "Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, Tensor rng_state, "
+        "Tensor unused, *, float? scale=None, SymInt? window_size_left=None, SymInt? window_size_right=None) -> (Tensor, Tensor, Tensor)",
+    ),
     "_scaled_dot_product_flash_attention_for_cpu": (
         "aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, float dropout_p=0., "
         "bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)",
@@ -52,6 +65,10 @@ ACCEPTED_SCHEMAS: dict[str, tuple[str, ...]] = {
         "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     ),
 }
+
+PACKED_WORK = 1 << 34
+"""rows^2 x query heads x head dim of a sample up to which FlashAttention on a whole pack beats a call of cuDNN for each sample: 2,048 rows
+of 32 heads of 128. See `benchmark_attention --work packed`."""
 
 
 class Backend(Protocol):
@@ -77,8 +94,41 @@ class Backend(Protocol):
         the blocks add up to the exact ones.
         """
 
+    def packed_rows(self, num_heads: int, head_dim: int) -> int:
+        """Rows of the longest sample that is faster in one call together with its neighbours than in a call of its own; 0: none."""
 
-class ReferenceBackend:
+    def forward_packed(
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...], ends: Tensor, *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of several causal samples, one after the other. `ends`: 0 and the last row + 1 of each, int32 on the device."""
+
+    def backward_packed(
+        self, grad_out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_TN, lengths: tuple[int, ...], ends: Tensor, *, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`backward` of the same."""
+
+
+class _OneByOne:
+    """Samples of a pack in calls of their own: the plain twin of packed calls."""
+
+    def packed_rows(self, num_heads: int, head_dim: int) -> int:
+        """Never: there is nothing to gain."""
+        return 0
+
+    def forward_packed(self, q_TNH, k_TKH, v_TKH, lengths, ends, *, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Backend.forward_packed`."""
+        samples = zip(*(x.split(lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True)
+        outs, lses = zip(*(self.forward(*sample, causal=True, scale=scale) for sample in samples), strict=True)
+        return torch.cat(outs), torch.cat(lses)
+
+    def backward_packed(self, grad_out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_TN, lengths, ends, *, scale: float):
+        """See `Backend.backward_packed`."""
+        samples = zip(*(x.split(lengths) for x in (grad_out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_TN)), strict=True)
+        grads = [self.backward(*sample, causal=True, scale=scale) for sample in samples]
+        return tuple(torch.cat(parts) for parts in zip(*grads, strict=True))
+
+
+class ReferenceBackend(_OneByOne):
     """Plain matrix products in fp32 (fp64 for fp64 inputs), any device, dtype and head dim; the LSE has the dtype of the products."""
 
     name = "reference"
@@ -96,7 +146,7 @@ class ReferenceBackend:
         return reference.attention_backward(grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal=causal, scale=scale)
 
 
-class CpuBackend:
+class CpuBackend(_OneByOne):
     """Torch's FlashAttention for CPUs: no matrix of scores, and a few fused calls in place of the reference's many. fp32, fp64 and bf16."""
 
     name = "cpu"
@@ -159,7 +209,7 @@ class _AtenBackend:
                 f"set model.attention_backend to 'reference' or 'auto'"
             )
         operation = f"_scaled_dot_product_{self.name}_attention"
-        check_schemas(operation, f"{operation}_backward")
+        check_schemas(operation, f"{operation}_backward", "_flash_attention_forward", "_flash_attention_backward")
 
     def check(self, *, head_dim: int, dtype: torch.dtype) -> None:
         """bf16 or fp16, head dim a multiple of 8 up to `max_head_dim`."""
@@ -188,6 +238,30 @@ class _AtenBackend:
         grad_out_TNH, q_TNH, out_TNH, lse_TN, k_SKH, v_SKH = self._filled(by_row, (k_SKH, v_SKH), causal)
         dq, dk, dv = self._backward(grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal, scale)
         return dq[:num_rows], dk[:num_keys], dv[:num_keys]
+
+    def forward_packed(
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...], ends: Tensor, *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """FlashAttention-2, whatever the backend: it takes samples of any length in one call. See `Backend.forward_packed`."""
+        longest = max(lengths)
+        out_TNH, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
+            q_TNH, k_TKH, v_TKH, ends, ends, longest, longest, 0.0, True, False, scale=scale
+        )
+        assert lse_NT.shape == (q_TNH.shape[1], q_TNH.shape[0]), lse_NT.shape
+        return out_TNH, lse_NT.t()
+
+    def backward_packed(
+        self, grad_out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_TN, lengths: tuple[int, ...], ends: Tensor, *, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend.backward_packed`."""
+        unused = torch.empty(2, dtype=torch.uint64, device=q_TNH.device)  # random state of the dropout that is never applied
+        tensors = grad_out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_TN.t().contiguous()
+        longest = max(lengths)
+        return torch.ops.aten._flash_attention_backward(*tensors, ends, ends, longest, longest, 0.0, True, unused, unused, scale=scale)
+
+    def packed_rows(self, num_heads: int, head_dim: int) -> int:
+        """Where the time of the slower kernel outgrows what each call of the faster one costs before it computes."""
+        return math.isqrt(PACKED_WORK // (num_heads * head_dim))
 
     def _filled(self, by_row: tuple[Tensor, ...], by_key: tuple[Tensor, ...], causal: bool) -> list[Tensor]:
         """The tensors with zeros behind their rows, and behind their keys where the block is causal."""

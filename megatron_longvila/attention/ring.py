@@ -67,27 +67,50 @@ class RingCall:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Queries `q` (rows of the share) that see every key of `k` (rows of some buffer), or the keys up to their own with `causal`."""
+    """Queries `q` (rows of the share) that see every key of `k` (rows of some buffer), or the keys up to their own with `causal`.
+
+    Attributes:
+        lengths: rows of each sample in a causal block of several; a row then sees keys of its own sample alone.
+    """
 
     q: slice
     k: slice
     causal: bool = False
+    lengths: tuple[int, ...] = ()
 
 
 @lru_cache(maxsize=64)
-def own_blocks(layout: SequenceLayout, tile: int | None = None) -> tuple[Block, ...]:
+def own_blocks(layout: SequenceLayout, tile: int | None = None, short: int = 0) -> tuple[Block, ...]:
     """Blocks of the share's own rows. The causal ones, which come first, together cover every row once.
 
     With `tile`, samples of more than two tiles are cut: causal squares of `tile` rows, and under each a rectangle of all later rows.
+    Neighbours of at most `short` rows are one block.
     """
     causal, rectangles = [], []
-    for rows, _ in _samples(layout):
-        edges = _edges(rows, tile)
-        for start, stop in zip(edges, edges[1:], strict=False):
-            causal.append(Block(slice(start, stop), slice(start, stop), causal=True))
-            if stop < rows.stop:
-                rectangles.append(Block(slice(stop, rows.stop), slice(start, stop)))
+    for is_short, run in itertools.groupby(_samples(layout), lambda sample: sample[0].stop - sample[0].start <= short):
+        samples = [rows for rows, _ in run]
+        if is_short and len(samples) > 1:
+            rows = slice(samples[0].start, samples[-1].stop)
+            causal.append(Block(rows, rows, causal=True, lengths=tuple(one.stop - one.start for one in samples)))
+            continue
+        for rows in samples:
+            edges = _edges(rows, tile)
+            for start, stop in zip(edges, edges[1:], strict=False):
+                causal.append(Block(slice(start, stop), slice(start, stop), causal=True))
+                if stop < rows.stop:
+                    rectangles.append(Block(slice(stop, rows.stop), slice(start, stop)))
     return (*causal, *rectangles)
+
+
+def _short(q: Tensor, call: RingCall) -> int:
+    """Rows up to which the backend takes neighbouring samples in one call."""
+    return call.backend.packed_rows(q.shape[1], q.shape[2])
+
+
+@lru_cache(maxsize=64)
+def sample_ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where samples of these lengths begin, and the last one ends. int32 [samples + 1]."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=64)
@@ -319,19 +342,18 @@ class _Softmax:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: RingCall):
         self.q, self.call = q, call
-        blocks = own_blocks(call.layout, call.backend.forward_tile)
+        blocks = own_blocks(call.layout, call.backend.forward_tile, _short(q, call))
         causal, rectangles = [x for x in blocks if x.causal], [x for x in blocks if not x.causal]
         merged = call.layout.ring_size > 1 or rectangles
         dtype = accumulation_dtype(q.dtype)
         if len(causal) == 1:
-            out, self.lse = call.backend.forward(q, k, v, causal=True, scale=call.scale)
+            out, self.lse = _causal_forward(q, k, v, causal[0], call)
             self.out = out.to(dtype) if merged else out
         else:
             self.out = q.new_empty(q.shape, dtype=dtype if merged else q.dtype)
             self.lse = q.new_empty(q.shape[1], q.shape[0], dtype=dtype).t()  # rows contiguous, as kernels want it
         for block in causal if len(causal) > 1 else ():
-            keys = k[block.k], v[block.k]
-            self.out[block.q], self.lse[block.q] = call.backend.forward(q[block.q], *keys, causal=True, scale=call.scale)
+            self.out[block.q], self.lse[block.q] = _causal_forward(q[block.q], k[block.k], v[block.k], block, call)
         for block in rectangles:
             self.add(block, k[block.k], v[block.k], slice(0, q.shape[1]))
 
@@ -345,12 +367,22 @@ class _Softmax:
         return self.out.to(self.q.dtype), self.lse
 
 
+def _causal_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, call: RingCall) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a causal block, whose rows these are."""
+    if block.lengths:
+        return call.backend.forward_packed(q, k, v, block.lengths, sample_ends(block.lengths, q.device), scale=call.scale)
+    return call.backend.forward(q, k, v, causal=True, scale=call.scale)
+
+
 def _block_gradients(
     grad_out: Tensor, saved: tuple[Tensor, ...], block: Block, keys, call: RingCall, heads: slice = slice(None)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of one block of `keys` = (k, v) and some query heads, given the merged out and lse."""
     q, _, _, out, lse = saved
     grad_out, q, out, lse = (x[block.q, heads] for x in (grad_out, q, out, lse))
+    if block.lengths:
+        ends = sample_ends(block.lengths, q.device)
+        return call.backend.backward_packed(grad_out, q, *keys, out, lse, block.lengths, ends, scale=call.scale)
     return call.backend.backward(grad_out, q, *keys, out, lse, causal=block.causal, scale=call.scale)
 
 
@@ -378,7 +410,7 @@ def _add_parts(dq: Tensor, dq_parts: list[tuple[slice, slice, Tensor]]) -> None:
 def _own_gradients(grad_out: Tensor, saved: tuple[Tensor, ...], call: RingCall, packed: bool = False) -> tuple[Tensor, ...] | Tensor:
     """Gradients of the causal blocks on the own rows, in the dtype of q; see `gradients`."""
     q, k, v = saved[:3]
-    blocks = own_blocks(call.layout)  # never cut: kernels lose no speed on long blocks in backward
+    blocks = own_blocks(call.layout, short=_short(q, call))  # never cut: kernels lose no speed on long blocks in backward
     if len(blocks) == 1:
         grads = _block_gradients(grad_out, saved, blocks[0], (k, v), call)
         return torch.cat(grads, dim=1) if packed else grads  # there is room only now that the kernel's workspace is free again

@@ -16,10 +16,24 @@ from ranks import run_ranks, warm_parent
 PACK = (41, 1, 90)
 
 
+class _Packing(ReferenceBackend):
+    """The reference, asked for neighbours of up to `short` rows in one call, as a GPU's backends are."""
+
+    def __init__(self, tile: int | None, short: int):
+        self.forward_tile, self.short = tile, short
+        self.packs = []
+
+    def packed_rows(self, num_heads, head_dim):
+        return self.short
+
+    def forward_packed(self, q_TNH, k_TKH, v_TKH, lengths, ends, *, scale):
+        assert ends.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        self.packs.append(lengths)
+        return super().forward_packed(q_TNH, k_TKH, v_TKH, lengths, ends, scale=scale)
+
+
 def _reference(tile: int | None) -> ReferenceBackend:
-    backend = ReferenceBackend()
-    backend.forward_tile = tile
-    return backend
+    return _Packing(tile, 0)
 
 
 @pytest.mark.parametrize(("ring_size", "tile"), [(1, None), (1, 16), (2, None), (4, 8)])
@@ -47,6 +61,18 @@ def test_the_comparison_of_ranks_with_one_runs_and_sees_a_block_that_was_never_s
             return tool.main(["--repeats", "1"])
 
     assert run_ranks(broken, 2) == [5, 5]
+
+
+@pytest.mark.parametrize(("ring_size", "short", "packs"), [(1, 50, {(41, 1)}), (1, 90, {PACK}), (4, 20, {(12, 2)}), (4, 8, set())])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_short_samples_in_one_call_equal_dense_attention(ring_size, short, packs, transport):
+    layout = pad_samples(PACK, ulysses_size=1, ring_size=ring_size)
+    tensors = random_qkv(layout.total_rows, (4, 2), torch.float64, "cpu")
+    backend = _Packing(16, short)
+    values = ring_on_one_device(tensors, layout, backend, transport)
+    assert set(backend.packs) == packs
+    for name, value, right in zip(NAMES, values, dense_gradients(*tensors, layout.sample_lengths, SCALE), strict=False):
+        assert relative_error(value, right) < 1e-12, name
 
 
 @pytest.mark.parametrize(("index", "name"), list(enumerate((*NAMES, "lse"))))

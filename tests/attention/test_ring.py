@@ -9,9 +9,14 @@ from megatron_longvila.parallel.plan import SequenceLayout, pad_samples, share_o
 
 
 def _pairs(block, query_rows, key_rows):
-    """(query, key) positions in the padded pack of one block; a causal block sees keys up to its own place in the list."""
+    """(query, key) positions in the padded pack of one block; a causal block sees keys of the same sample up to its own place in the list."""
+    queries, keys = query_rows[block.q], key_rows[block.k]
+    sample = np.repeat(np.arange(len(block.lengths)), block.lengths) if block.lengths else np.zeros(max(len(queries), len(keys)))
     return [
-        (query, key) for i, query in enumerate(query_rows[block.q]) for j, key in enumerate(key_rows[block.k]) if not block.causal or j <= i
+        (query, key)
+        for i, query in enumerate(queries)
+        for j, key in enumerate(keys)
+        if not block.causal or (j <= i and sample[i] == sample[j])
     ]
 
 
@@ -29,13 +34,13 @@ def _received(layout, share, source, reader):
 
 @pytest.mark.parametrize("ring_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("lengths", [(9,), (1,), (13, 1, 6), (29, 3)])
-@pytest.mark.parametrize("tile", [None, 1, 4])
-def test_blocks_meet_every_pair_exactly_once(ring_size, lengths, tile):
+@pytest.mark.parametrize(("tile", "short"), [(None, 0), (1, 0), (4, 0), (None, 14), (4, 6), (4, 1 << 20)])
+def test_blocks_meet_every_pair_exactly_once(ring_size, lengths, tile, short):
     layout = pad_samples(lengths, ulysses_size=2, ring_size=ring_size)
     shares = [share_order(layout, rank) for rank in range(ring_size)]
     pack = np.concatenate(shares) if fits_as_gathered(layout) else np.arange(layout.total_rows)
     for rank in range(ring_size):
-        own = [pair for block in own_blocks(layout, tile) for pair in _pairs(block, shares[rank], shares[rank])]
+        own = [pair for block in own_blocks(layout, tile, short) for pair in _pairs(block, shares[rank], shares[rank])]
         gathered = [pair for block in gathered_blocks(layout, rank, tile) for pair in _pairs(block, shares[rank], pack)]
         visiting = [
             pair
@@ -81,6 +86,12 @@ def test_a_long_sample_is_cut_into_tiles_and_a_short_one_is_not():
     shapes = [(block.q.start, block.q.stop, block.k.start, block.k.stop, block.causal) for block in own_blocks(layout, 4)]
     causal = [(0, 8, 0, 8), (8, 12, 8, 12), (12, 16, 12, 16), (16, 18, 16, 18)]
     assert shapes == [*((*block, True) for block in causal), (12, 18, 8, 12, False), (16, 18, 12, 16, False)]
+
+
+def test_short_neighbours_are_one_block_and_a_lone_one_is_not():
+    layout = SequenceLayout(ring_size=1, ulysses_size=1, sample_lengths=(3, 2, 9, 4, 12, 1, 1))
+    blocks = [(block.q.start, block.q.stop, block.lengths) for block in own_blocks(layout, short=4)]
+    assert blocks == [(0, 5, (3, 2)), (5, 14, ()), (14, 18, ()), (18, 30, ()), (30, 32, (1, 1))]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "ulysses_size", "ring_size"), [(12, 2, 2, 2), (28, 4, 4, 2), (28, 4, 1, 8), (32, 8, 8, 1)])
