@@ -9,9 +9,10 @@ from megatron_longvila.parallel.plan import SequenceLayout, pad_samples, share_o
 
 
 def _pairs(block, query_rows, key_rows):
-    """(query, key) positions in the padded pack of one block; a causal block sees keys of the same sample up to its own place in the list."""
+    """(query, key) positions in the padded pack of one block; with `causal`, keys of the query's own sample up to its place in the list."""
     queries, keys = query_rows[block.q], key_rows[block.k]
-    sample = np.repeat(np.arange(len(block.lengths)), block.lengths) if block.lengths else np.zeros(max(len(queries), len(keys)))
+    lengths = block.lengths or (max(len(queries), len(keys)),)
+    sample = np.repeat(np.arange(len(lengths)), lengths)
     return [
         (query, key)
         for i, query in enumerate(queries)
