@@ -47,14 +47,19 @@ def test_longest_rows_hold_the_longest_videos(program):
 
 def test_world(tmp_path):
     world = load_script(EXAMPLE / "make_world.py")
-    counts = {"images": 5, "stories": 4, "short": 3, "long_512": 1, "long_1536": 1, "long_6000": 1, "needles": 4, "haystack_frames": 9}
+    counts = {"images": 8, "stories": 4, "short": 3, "long_512": 1, "long_1536": 1, "long_6000": 1, "needles": 4, "haystack_frames": 9}
     words = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     world.main(["--output_dir", str(tmp_path), "--scale", "2", "--passages", "0.004", *words])
     rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")}
     assert {name: len(rows[name]) for name in ("images", "stories", "short", "long-512")} == {
-        "images": 5, "stories": 4, "short": 3, "long-512": 1,
+        "images": 8, "stories": 4, "short": 3, "long-512": 1,
     }  # fmt: skip
-    assert sorted(rows) == sorted([*world.VIDEOS, "images", "albums", "stories", *(f"passages-{length}" for length in world.PASSAGES)])
+    assert sorted(rows) == sorted(
+        [*world.VIDEOS, "images", "albums", "quizzes", "stories", *(f"passages-{length}" for length in world.PASSAGES)]
+    )
+    for quiz in rows["quizzes"]:
+        asked = [turn["value"].split()[-2] for turn in quiz["conversations"] if turn["from"] == "human"]
+        assert 1 < len(set(asked)) == len(asked) == len(quiz["images"])  # one card of a colour, each asked for once
     facts = probe(tmp_path / "media" / rows["long-6000"][0]["video"])
     assert 1500 <= facts.num_frames <= 6000 and (facts.width, facts.height) == (112, 112)
     assert probe(tmp_path / "needles/haystack.mp4").num_frames == 9

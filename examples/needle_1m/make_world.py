@@ -1,6 +1,7 @@
 """Make the data of the million-token needle run: the quickstart's world, seven times as large in pixels, in more and longer videos.
 
     images, albums, stories, short           as in ../quickstart/make_data.py; videos of 2 to 32 frames
+    quizzes                                  two to four cards, asked for by their colours
     long-512, long-1536, long-6000           videos of 2 to 512, 2 to 1,536 and 1,500 to 6,000 frames with questions
     passages-N                               texts of exactly N tokens, for language modelling
     needles/                                 held-out cards and a haystack of 6,000 frames
@@ -17,10 +18,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
-from make_data import SHORT, World, describe  # noqa: E402
+from make_data import SHORT, Card, Picture, World, answer, describe, dialogue, question  # noqa: E402
 
 SHORT_FRAMES = 32
 VIDEOS = {"short": (1.5, SHORT_FRAMES, 6), "long-512": (1.5, 512, 8), "long-1536": (1.5, 1536, 8), "long-6000": (1500, 6000, 8)}
@@ -36,6 +38,34 @@ def run_task(task: Task):
     """One call of a World of its own, in a worker process."""
     method, folder, seed, scale, arguments = task
     return method(World(folder, seed, scale, quiet=True), *arguments)
+
+
+def quizzes(pictures: list[Picture], count: int, rng: np.random.Generator) -> list[dict]:
+    """Rows of two to four cards of different colours and a question about each, in any order.
+
+    At 196 tokens a frame the border and the sign of a card are in different tokens. To answer from several cards, the tower has to write
+    the colour next to the sign: captions of one card never ask for that, and of videos too few frames are cards to learn it from them.
+    """
+    shown = [picture for picture in pictures if picture.cards]
+    by_colour: dict[str, list[Picture]] = {}
+    for picture in shown:
+        by_colour.setdefault(_card(picture).colour, []).append(picture)
+    rows = []
+    for number in range(count):
+        colours = rng.permutation(sorted(by_colour))[: rng.integers(2, 5)]
+        chosen = [by_colour[colour][rng.integers(len(by_colour[colour]))] for colour in colours]
+        asked = [_card(chosen[place]) for place in rng.permutation(len(chosen))]
+        pictures_first = "<image>" * len(chosen) + "\n"
+        turns = [((pictures_first if place == 0 else "") + question(card), answer(card)) for place, card in enumerate(asked)]
+        cards = [name for picture in chosen for name in picture.cards]
+        rows.append({"id": f"quiz-{number}", "images": [picture.file for picture in chosen], "cards": cards, **dialogue(*turns)})
+    return rows
+
+
+def _card(picture: Picture) -> Card:
+    """What a caption like "the red card says K ." tells of its card."""
+    _, colour, _, _, sign, _ = picture.caption.split()
+    return Card(colour, "", sign)
 
 
 def video_tasks(name: str, count: int, out: Path, seed: int, scale: int) -> list[Task]:
@@ -93,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     quarter = len(rows["short"]) // 4
     rows["short"] += captions[:quarter] + stories[:quarter]
     rows |= {"images": captions, "albums": world.write_albums("album", pictures, len(pictures) // 3, 4), "stories": stories}
+    rows["quizzes"] = quizzes(pictures, len(pictures) // 2, world.rng)
     for name, lines in rows.items():
         world.write_rows(f"{name}.jsonl", lines)
 

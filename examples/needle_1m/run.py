@@ -22,12 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
-SETS = ("images", "albums", "stories", "short", "long-512", "long-1536", "long-6000")
+SETS = ("images", "albums", "quizzes", "stories", "short", "long-512", "long-1536", "long-6000")
 DATA = {
-    "tower": ("images",),
+    "tower": ("images", "quizzes"),
     "language_model": ("stories", "passages-128"),
     "alignment": ("images",),
-    "pretraining": ("images", "albums"),
+    "pretraining": ("images", "albums", "quizzes"),
     "short_sft": ("short",),
     "context_extension_64k": ("passages-4096", "passages-16384", "passages-65536"),
     "context_extension_1m": ("passages-4096", "passages-16384", "passages-65536", "passages-262144", "passages-1048576"),
