@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from collective_pairs import gather_rows, heads_to_sequence, sequence_to_heads
 from torch import Tensor
 
 from megatron_longvila import platform
@@ -29,7 +30,6 @@ from megatron_longvila.attention.backends import Backend, get_backend
 from megatron_longvila.attention.ulysses import num_parts
 from megatron_longvila.kernels.choice import get_kernels
 from megatron_longvila.mesh import Mesh, rank_groups
-from megatron_longvila.parallel.collectives import gather_rows, heads_to_sequence, sequence_to_heads
 from megatron_longvila.parallel.plan import SequenceLayout
 
 

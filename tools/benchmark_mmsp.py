@@ -31,6 +31,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from benchmark_rows import Results, measure  # noqa: E402
+from collective_pairs import gather_rows  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_longvila import platform  # noqa: E402
@@ -39,7 +40,6 @@ from megatron_longvila.config_check import check  # noqa: E402
 from megatron_longvila.config_io import load  # noqa: E402
 from megatron_longvila.models.init import initialize_weights  # noqa: E402
 from megatron_longvila.models.longvila import LongVILA, build_model  # noqa: E402
-from megatron_longvila.parallel.collectives import gather_rows  # noqa: E402
 from megatron_longvila.parallel.groups import Groups, destroy_groups, initialize_groups  # noqa: E402
 from megatron_longvila.parallel.plan import PLACEHOLDER_ID, RankPlan, RowSpec, plan_row  # noqa: E402
 

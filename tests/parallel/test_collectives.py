@@ -1,18 +1,21 @@
-"""Collectives: by eye on eight integers, and each operation against its adjoint."""
+"""Collectives, the package's and those of tools/: by eye on eight integers, and each operation against its adjoint."""
 
 import torch
 import torch.distributed as dist
+from programs import ROOT, load_script
 
 from megatron_longvila.parallel import collectives
 from ranks import run_ranks
+
+pairs = load_script(ROOT / "tools" / "collective_pairs.py")
 
 
 def test_sequence_to_heads_on_eight_integers():
     # Two ranks, two rows each, two heads: row t of head n holds 2 t + n.
     def body(rank):
         x_TNH = torch.tensor([[0, 1], [2, 3]] if rank == 0 else [[4, 5], [6, 7]]).unsqueeze(-1)
-        by_heads = collectives.sequence_to_heads(x_TNH, dist.group.WORLD)
-        back = collectives.heads_to_sequence(by_heads, dist.group.WORLD)
+        by_heads = pairs.sequence_to_heads(x_TNH, dist.group.WORLD)
+        back = pairs.heads_to_sequence(by_heads, dist.group.WORLD)
         return by_heads.flatten(1).tolist(), back.equal(x_TNH)
 
     assert run_ranks(body, 2) == [([[0], [2], [4], [6]], True), ([[1], [3], [5], [7]], True)]
@@ -30,8 +33,8 @@ def test_exchange_rows_on_eight_integers():
 
 def test_gather_and_reduce_scatter_on_four_integers():
     def body(rank):
-        gathered = collectives.gather_rows(torch.tensor([rank, 10 + rank]), dist.group.WORLD)
-        return gathered.tolist(), collectives.reduce_scatter_rows(gathered * (rank + 1), dist.group.WORLD).tolist()
+        gathered = pairs.gather_rows(torch.tensor([rank, 10 + rank]), dist.group.WORLD)
+        return gathered.tolist(), pairs.reduce_scatter_rows(gathered * (rank + 1), dist.group.WORLD).tolist()
 
     assert run_ranks(body, 2) == [([0, 10, 1, 11], [0, 30]), ([0, 10, 1, 11], [3, 33])]
 
@@ -74,10 +77,10 @@ def test_every_collective_against_its_adjoint():
             send, recv = counts[rank], [row[rank] for row in counts]
             _check_adjoint(lambda x, send=send, recv=recv: collectives.exchange_rows(x, send, recv, world), random(sum(send), 3), rank)
         for num_rows in (4, 0):
-            _check_adjoint(lambda x: collectives.sequence_to_heads(x, world), random(num_rows, 6, 2), rank)
-            _check_adjoint(lambda x: collectives.heads_to_sequence(x, world), random(3 * num_rows, 2, 5), rank)
-            _check_adjoint(lambda x: collectives.gather_rows(x, world), random(num_rows, 2), rank)
-            _check_adjoint(lambda x: collectives.reduce_scatter_rows(x, world), random(3 * num_rows, 2), rank)
+            _check_adjoint(lambda x: pairs.sequence_to_heads(x, world), random(num_rows, 6, 2), rank)
+            _check_adjoint(lambda x: pairs.heads_to_sequence(x, world), random(3 * num_rows, 2, 5), rank)
+            _check_adjoint(lambda x: pairs.gather_rows(x, world), random(num_rows, 2), rank)
+            _check_adjoint(lambda x: pairs.reduce_scatter_rows(x, world), random(3 * num_rows, 2), rank)
 
     run_ranks(body, 3)
 
@@ -102,8 +105,8 @@ def test_one_rank_moves_nothing():
         world = dist.group.WORLD
         results = (
             collectives.exchange_rows(x, [3], [3], world),
-            collectives.gather_rows(x, world),
-            collectives.reduce_scatter_rows(x, world),
+            pairs.gather_rows(x, world),
+            pairs.reduce_scatter_rows(x, world),
         )
         return all(result is x for result in results)
 
