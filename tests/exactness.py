@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megatron_longvila.attention import ring
+from megatron_longvila.attention import blocks, ring
 from megatron_longvila.attention.backends import Backend
 from megatron_longvila.kernels.choice import REFERENCE, Kernels
 from megatron_longvila.parallel.plan import SequenceLayout, share_order
@@ -61,9 +61,9 @@ def ring_on_one_device(
         def source(visit, rank=rank):
             """Rows of the pack that a transfer brings."""
             if transport == "all_gather":
-                return torch.cat(shares) if ring.fits_as_gathered(layout) else torch.arange(layout.total_rows, device=q.device)
+                return torch.cat(shares) if blocks.fits_as_gathered(layout) else torch.arange(layout.total_rows, device=q.device)
             sender = (rank - visit.step) % size
-            return shares[sender][ring.sent_rows(layout, sender, rank, q.device)]
+            return shares[sender][blocks.sent_rows(layout, sender, rank, q.device)]
 
         def send_kv(_k, _v, visits, call, source=source):
             return iter([torch.cat((k[source(visit)][:, visit.kv_heads], v[source(visit)][:, visit.kv_heads]), dim=1) for visit in visits])

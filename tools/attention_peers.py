@@ -24,7 +24,7 @@ from collective_pairs import gather_rows, heads_to_sequence, sequence_to_heads
 from torch import Tensor
 
 from megatron_longvila import platform
-from megatron_longvila.attention import ring
+from megatron_longvila.attention import blocks, ring
 from megatron_longvila.attention.attention_2d import attention_2d, packed_attention_2d
 from megatron_longvila.attention.backends import Backend, get_backend
 from megatron_longvila.attention.ulysses import num_parts
@@ -186,7 +186,7 @@ def without_transfers(case: Case, ring_size: int, transport: str, tile: int | No
     arrived = []
     for visit in ring.visits_of(call, heads[1]):
         sender = (rank - visit.step) % ring_size
-        num_rows = layout.total_rows if transport == "all_gather" else ring.num_sent(layout, sender, rank)
+        num_rows = layout.total_rows if transport == "all_gather" else blocks.num_sent(layout, sender, rank)
         arrived.append(random(num_rows, 2 * (visit.kv_heads.stop - visit.kv_heads.start)))
 
     def step(inputs: Inputs, backward: bool) -> list[Tensor]:

@@ -191,7 +191,7 @@ def test_selective_recompute_gives_the_same_bits(transport):
 
 def test_a_layout_is_planned_once_for_all_layers():
     """Nothing is recomputed per layer: the second call finds every list of blocks in the cache."""
-    from megatron_longvila.attention import ring
+    from megatron_longvila.attention import blocks
 
     def body(rank):
         from megatron_longvila.parallel.groups import initialize_groups
@@ -200,7 +200,7 @@ def test_a_layout_is_planned_once_for_all_layers():
         layout = pad_samples((21, 1, 38), ulysses_size=1, ring_size=2)
         rows = torch.from_numpy(owned_rows(layout)[rank])
         tensors = [x[rows] for x in _global_tensors(layout, (4, 4), torch.float32)]
-        cached = (ring.own_blocks, ring.gathered_blocks, ring.gathered_row, ring.pack_row)
+        cached = (blocks.own_blocks, blocks.gathered_blocks, blocks.gathered_row, blocks.pack_row)
         misses = []
         for _ in range(2):
             _run(_core_attention(groups, (4, 4), torch.float32), layout, tensors)

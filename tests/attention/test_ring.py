@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_longvila.attention.ring import fits_as_gathered, gathered_blocks, own_blocks, sent_rows, visiting_blocks
+from megatron_longvila.attention.blocks import fits_as_gathered, gathered_blocks, own_blocks, sent_rows, visiting_blocks
 from megatron_longvila.parallel.plan import SequenceLayout, pad_samples, share_order
 
 
