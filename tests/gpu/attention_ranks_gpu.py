@@ -3,8 +3,9 @@
     torchrun --nproc_per_node 2 tests/gpu/attention_ranks_gpu.py
 
 Every rank holds all rows, computes the whole attention by itself, then its rows of it together with the others, several times with some
-ranks late by turns: a buffer that is read before it was received, or written before it was sent, shows as a block of rows far off. Prints
-one line per mesh and pack; the exit code is 1 if any line fails. On a CPU it runs toys in fp32.
+ranks late by turns: a buffer that is read before it was received, or written before it was sent, shows as a block of rows far off. A
+last time the host must not wait for the device. Prints one line per mesh and pack; the exit code is 1 if any line fails. On a CPU it runs
+toys in fp32.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -80,6 +81,21 @@ def step(tensors: list[Tensor], call: RingCall, group: dist.ProcessGroup | None,
     return [out.detach(), q.grad, k.grad, v.grad]
 
 
+def waits_for_device(run: Callable[[], object]) -> str:
+    """What torch says where `run`, which ran before, lets the host wait for the GPU; '' if it never does."""
+    if platform.is_cpu():
+        return ""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        return f" waits for the device: {error}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
 def check(heads: tuple[int, int], lengths: tuple[int, ...], head_dim: int, dtype: torch.dtype, repeats: int, block: int) -> int:
     """Compare every mesh; returns how many fail."""
     device, scale, failures = platform.device(), 1 / math.sqrt(head_dim), 0
@@ -108,11 +124,12 @@ def check(heads: tuple[int, int], lengths: tuple[int, ...], head_dim: int, dtype
             errors.append([worst_block(value, exact, block) for value, exact in zip(values, right, strict=True)])
         worst = torch.tensor(errors, device=device).amax(0)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        failed = not bool((worst <= BOUNDS[dtype]).all())
+        waits = waits_for_device(partial(step, mine, call, group, parts, packed=False))
+        failed = bool(waits) or not bool((worst <= BOUNDS[dtype]).all())
         failures += failed
         if dist.get_rank() == 0:
             text = " ".join(f"{part} {error:.1e}" for part, error in zip(NAMES, worst.tolist(), strict=True))
-            print(f"{'FAIL' if failed else 'ok  '} {name:34} {heads[0]}/{heads[1]} {lengths}: {text}", flush=True)
+            print(f"{'FAIL' if failed else 'ok  '} {name:34} {heads[0]}/{heads[1]} {lengths}: {text}{waits}", flush=True)
     return failures
 
 
