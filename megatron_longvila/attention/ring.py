@@ -124,6 +124,7 @@ def gradients(
     own_dq, *own_dkv = _own_gradients(grad_out, saved, call)  # while gradients travel
     dq = own_dq.to(dtype) if dq is None else dq.add_(own_dq)
     dk, dv = (x.to(dtype) for x in own_dkv)
+    del own_dq, own_dkv
     _add_parts(dq, dq_parts)
     for visit, pending in zip(visits, returning, strict=True):
         _add_dkv((dk[:, visit.kv_heads], dv[:, visit.kv_heads]), pending.wait(), visit, call)
