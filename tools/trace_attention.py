@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_nccl(arguments.hosts)
     platform.init_distributed(600)
     num_heads, num_kv_heads = map(int, arguments.heads.split("/"))
-    case = peers.Case(num_heads, num_kv_heads, 128, (arguments.length,), torch.bfloat16)
+    case = peers.Case(num_heads, num_kv_heads, 128, (arguments.length,), torch.bfloat16, arguments.hosts)
     ulysses_size, ring_size = map(int, arguments.mesh.split("x"))
     step = peers.ours(case, ulysses_size, ring_size, arguments.transport, None)
     kernels = record(step, peers.make_inputs(case))
