@@ -2,8 +2,8 @@
 
 The model counts one layer's forward and backward on one rank:
   - the kernel's own time, the same on every mesh, since no head is padded and no key repeated;
-  - the all-to-alls of the ulysses axis (queries, keys and values; output; and both again for gradients), whole: long sequences travel in
-    parts that hide half of them or more, but where that decides a choice, ulysses is taken anyway;
+  - the all-to-alls of the ulysses axis (queries, keys and values; output; and both again for gradients), whole: sending
+    the heads in two parts saves memory, and on two GPUs no time;
   - keys and values, and their gradients, on the ring axis, which the rank's own rows hide while they take longer;
   - what a ring adds to one call: more kernel calls, and passes over outputs and gradients that are summed in fp32.
 
