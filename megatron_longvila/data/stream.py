@@ -101,6 +101,13 @@ class VideoStream:
             self._timeline = self._scan()
         return self._timeline
 
+    def times_s(self) -> np.ndarray:
+        """float64 [F]: when each frame is shown, in seconds from the first one."""
+        timeline = self.timeline
+        if not timeline.packets:  # frames without usable stamps are shown at an even pace
+            return np.arange(timeline.num_frames) * (timeline.duration_s / timeline.num_frames)
+        return (timeline.pts_F - timeline.pts_F[0]) * float(self._stream.time_base)
+
     def upright_size(self) -> tuple[int, int]:
         """(width, height) of the first frame that decodes, as it is meant to be seen. Raises MediaError when none does."""
         for index in range(min(self.timeline.num_frames, 32)):  # a stream may begin with a few damaged frames

@@ -1,0 +1,95 @@
+"""What models write, checked: captions, summaries with a domain, questions with their evidence. Pure functions of the text."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from megatron_longvila.data.long_video.asking import AnswerError
+from megatron_longvila.data.long_video.prompts import DOMAINS, QUESTION_TYPES
+
+_FENCE = re.compile(r"\A```[a-zA-Z]*\s*\n(.*)\n\s*```\s*\Z", re.DOTALL)
+_REFUSAL = re.compile(
+    r"\b(as an ai\b|as a (large )?language model|i('m| am) (sorry|unable|not able)\b|i (cannot|can't|can not|won't)\b"
+    r"|(cannot|can't|can not|could not) be (determined|answered|inferred)|unable to (determine|answer|provide|assist|see)"
+    r"|(is|are) not (mentioned|specified|stated|provided) in|no information (is|about|on)|not enough information)",
+    re.IGNORECASE,
+)
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a text declines instead of answering."""
+    return _REFUSAL.search(text.replace("\u2019", "'")) is not None
+
+
+def parse_caption(text: str) -> str:
+    """A caption as one paragraph. Raises AnswerError for a refusal or text without a letter."""
+    caption = " ".join(text.split())
+    if is_refusal(caption):
+        raise AnswerError("is a refusal")
+    if not any(character.isalpha() for character in caption):
+        raise AnswerError("holds no word")
+    _check_characters(caption)
+    return caption
+
+
+def parse_summary(text: str) -> dict:
+    """{"summary", "domain"}; the domain is one of DOMAINS, whatever its case. Raises AnswerError."""
+    value = _parse_json(text)
+    if not isinstance(value, dict) or not isinstance(value.get("summary"), str) or not isinstance(value.get("domain"), str):
+        raise AnswerError('is not {"summary": text, "domain": text}')
+    domain = {name.casefold(): name for name in DOMAINS}.get(" ".join(value["domain"].split()).casefold())
+    if domain is None:
+        raise AnswerError(f"names a domain that is none of the {len(DOMAINS)}")
+    return {"summary": parse_caption(value["summary"]), "domain": domain}
+
+
+def parse_questions(text: str) -> list[dict]:
+    """The questions of one video as the model wrote them, a list of JSON objects that is not empty; `filter` looks at each.
+
+    Raises:
+        AnswerError: the text is no JSON list (or {"questions": list}) of objects.
+    """
+    value = _parse_json(text)
+    if isinstance(value, dict) and isinstance(value.get("questions"), list):
+        value = value["questions"]
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+        raise AnswerError("is not a JSON list of question objects")
+    return value
+
+
+def read_question(value: dict) -> dict:
+    """{"type", "question", "answer", "start_s", "end_s"} of one object. Raises AnswerError with what is wrong in its form."""
+    types = {name.casefold(): name for name in QUESTION_TYPES}
+    kind = value.get("type")
+    if not isinstance(kind, str) or kind.strip().casefold() not in types:
+        raise AnswerError(f"`type` is none of {', '.join(QUESTION_TYPES)}")
+    record = {"type": types[kind.strip().casefold()]}
+    for name in ("question", "answer"):
+        if not isinstance(value.get(name), str) or not value[name].strip():
+            raise AnswerError(f"`{name}` is no text")
+        record[name] = " ".join(value[name].split())
+        _check_characters(record[name])
+    for name in ("start_s", "end_s"):
+        second = value.get(name)
+        if isinstance(second, bool) or not isinstance(second, int | float) or not -1e9 < second < 1e9:
+            raise AnswerError(f"`{name}` is no number of seconds")
+        record[name] = float(second)
+    return record
+
+
+def _parse_json(text: str) -> object:
+    fenced = _FENCE.match(text.strip())
+    try:
+        return json.loads(fenced[1] if fenced else text)
+    except (ValueError, RecursionError):
+        raise AnswerError("is not JSON") from None
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise AnswerError("holds half a surrogate pair, which is no character") from None
+    if "\x00" in text or "\ufffd" in text:
+        raise AnswerError("holds characters that stand for damage")

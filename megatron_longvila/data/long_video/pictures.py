@@ -1,0 +1,125 @@
+"""What the captioner is shown: a few frames of each clip, or a picture, as JPEGs inside the request."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from megatron_longvila.data.images import open_image
+from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline, MediaError
+from megatron_longvila.data.stream import VideoStream
+
+_OPEN_VIDEOS = 4  # clips come video by video, so the threads work on one or two at a time
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """`num_frames` of a clip, evenly spaced; the longer side scaled down to `image_size` pixels; JPEG quality. Part of every request's key."""
+
+    num_frames: int = 8
+    image_size: int = 448
+    jpeg_quality: int = 90
+
+
+def clip_frames(first_frame: int, last_frame: int, num_frames: int) -> list[int]:
+    """Frame indices that stand for a clip: middles of equal parts, so that neighbouring clips do not show the same moment."""
+    count = last_frame - first_frame + 1
+    if count <= num_frames:
+        return list(range(first_frame, last_frame + 1))
+    return [first_frame + int((part + 0.5) * count / num_frames) for part in range(num_frames)]
+
+
+def picture_content(text: str, pictures: list[bytes]) -> list[dict]:
+    """Content of a user message: the pictures in order, then the text."""
+    urls = [f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}" for picture in pictures]
+    return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
+
+
+def read_image(path: Path, options: PictureOptions) -> bytes:
+    """JPEG of an image file. Raises MediaError."""
+    return _jpeg(open_image(path, DEFAULT_LIMITS)[0], options)
+
+
+class ClipReader:
+    """Frames of clips from many threads; keeps the videos read last open, since opening one reads its whole packet list."""
+
+    def __init__(self, options: PictureOptions):
+        self._options = options
+        self._lock = threading.Lock()
+        self._streams: OrderedDict[str, _Shared] = OrderedDict()
+
+    def __enter__(self) -> ClipReader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for shared in self._streams.values():
+            shared.close()
+        self._streams.clear()
+
+    def read(self, path: Path, size: int, num_frames: int, indices: list[int]) -> list[bytes]:
+        """JPEGs of the frames that decode, in order. Raises MediaError when none does, or the file is not the one that was segmented."""
+        try:
+            now = os.stat(path).st_size
+        except OSError as error:
+            raise MediaError(f"cannot be read: {error.strerror}") from None
+        if now != size:
+            raise MediaError(f"has {now} bytes, but had {size} when it was segmented; run `segment` again")
+        while True:
+            shared = self._share(str(path))
+            with shared.lock:
+                if shared.closed:  # pushed out while this thread waited for its turn
+                    continue
+                if shared.open().timeline.num_frames != num_frames:
+                    raise MediaError(f"has {shared.open().timeline.num_frames} frames, but had {num_frames}; run `segment` again")
+                found = shared.open().read(indices, lambda frame: shared.open().to_rgb(frame))
+                break
+        if not found:
+            raise MediaError(f"none of its frames {indices[0]} to {indices[-1]} decodes")
+        return [_jpeg(Image.fromarray(np.ascontiguousarray(found[index])), self._options) for index in indices if index in found]
+
+    def _share(self, path: str) -> _Shared:
+        with self._lock:
+            shared = self._streams.setdefault(path, _Shared(path))
+            self._streams.move_to_end(path)
+            old = self._streams.popitem(last=False)[1] if len(self._streams) > _OPEN_VIDEOS else None
+        if old is not None:
+            old.close()
+        return shared
+
+
+class _Shared:
+    """A video that threads take turns with; opened by the first one."""
+
+    def __init__(self, path: str):
+        self.lock = threading.Lock()
+        self.closed = False
+        self._path, self._stream = path, None
+
+    def open(self) -> VideoStream:
+        if self._stream is None:
+            self._stream = VideoStream(self._path, Deadline(None), DEFAULT_LIMITS)
+        return self._stream
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            if self._stream is not None:
+                self._stream.close()
+                self._stream = None
+
+
+def _jpeg(picture: Image.Image, options: PictureOptions) -> bytes:
+    scale = options.image_size / max(picture.size)
+    if scale < 1:
+        picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=options.jpeg_quality)
+    return file.getvalue()
