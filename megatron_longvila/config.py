@@ -218,7 +218,10 @@ class DataConfig:
     """Rows to train on. A row is one pack of whole samples and the unit of a micro-batch.
 
     Attributes:
-        train: dataset folders written by tools/preprocess_video.py or tools/preprocess_text.py.
+        train: dataset folders written by tools/preprocess_video.py or tools/preprocess_text.py; an epoch shows every sample once.
+        mixture: instead of `train`, what an epoch shows: a mixture of `registry`, or an expression such as `a + 2*b` of its names.
+        registry: YAML file of datasets and mixtures (data/registry.py has the format).
+        stage: whose limits in the registry hold.
         evaluation: the same, held out.
         tokenizer: a SentencePiece `.model` file or a Hugging Face tokenizer folder.
         context_length: tokens of a row before padding.
@@ -230,6 +233,9 @@ class DataConfig:
     """
 
     train: list[str] = field(default_factory=list)
+    mixture: str = ""
+    registry: str = ""
+    stage: str = ""
     evaluation: list[str] = field(default_factory=list)
     tokenizer: str = ""
     template: Literal["chatml", "llama3", "plain"] = "chatml"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_longvila.config import Config, OptimizerConfig, ParallelConfig
+from megatron_longvila.config import Config, DataConfig, OptimizerConfig, ParallelConfig
 from megatron_longvila.config_check_model import check_model
 from megatron_longvila.mesh import Mesh, pipeline_layers, resolve_mesh
 from megatron_longvila.mesh_cost import Row
@@ -53,7 +53,8 @@ def resolve(config: Config, *, world_size: int, gpus_per_host: int) -> Config:
 
 def check_inputs(config: Config) -> None:
     """Raises ValueError if a dataset, the tokenizer or the checkpoint a training run names is not there."""
-    if not config.data.train:
+    _check_mixture_fields(config.data)
+    if not config.data.train and not config.data.mixture:
         raise ValueError(
             "data.train=[] must name at least one folder written by tools/preprocess_video.py or tools/preprocess_text.py; "
             "set --data.train '[DIR]'"
@@ -72,6 +73,22 @@ def check_inputs(config: Config) -> None:
     for name, path in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
         if path and not Path(path).exists():
             raise ValueError(f"{name}={path!r} does not exist; correct the path (relative paths start at {Path.cwd()})")
+
+
+def _check_mixture_fields(data: DataConfig) -> None:
+    """data.train or data.mixture, and the registry that goes with the latter; what the registry says is looked at when it is read."""
+    if data.mixture and data.train:
+        raise ValueError(
+            f"data.train={data.train} and data.mixture={data.mixture!r} are both set; a mixture names all it is made of: "
+            "add the folders to the registry, or leave data.mixture empty"
+        )
+    if data.mixture and not data.registry:
+        raise ValueError(f"data.mixture={data.mixture!r} needs the file that says what its names are; set --data.registry FILE.yaml")
+    for name in ("registry", "stage"):
+        if getattr(data, name) and not data.mixture:
+            raise ValueError(
+                f"data.{name}={getattr(data, name)!r} means nothing while data.mixture is empty; set --data.mixture NAME, or leave it out"
+            )
 
 
 def refuse(error: ValueError, local_rank: int) -> NoReturn:

@@ -24,6 +24,10 @@ def configure(argv: Sequence[str], *, world_size: int, gpus_per_host: int) -> Co
     config = parse(argv, prog="python -m megatron_longvila.train")
     config = resolve(continue_mesh(config), world_size=world_size, gpus_per_host=gpus_per_host)
     check_inputs(config)
+    if config.data.mixture:
+        from megatron_longvila.data.training_data import check_mixture
+
+        check_mixture(config.data)
     return config
 
 

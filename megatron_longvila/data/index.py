@@ -167,12 +167,15 @@ class SampleIndex:
 class LengthCache:
     """Token lengths of an index on disk: in a dataset folder, else in `fallback`, under the hash of what decides them.
 
-    The file holds lengths before any limit is applied, so that another context_length reads the same one.
+    `numbers` are the samples that are measured, ascending; None is all of them. The file holds lengths before any limit is applied, so that
+    another context_length reads the same one.
     """
 
-    def __init__(self, index: SampleIndex, folder: Path, fallback: Path | None = None):
+    def __init__(self, index: SampleIndex, folder: Path, fallback: Path | None = None, numbers: np.ndarray | None = None):
         components = {name: value for name, value in index.components().items() if name != "packing"}
         components["vocab_size"] = str(index.vocab_size)  # decides which samples are unusable
+        if numbers is not None and len(numbers) < len(index):
+            components["samples"] = hashlib.sha256(np.ascontiguousarray(numbers, dtype="<i8").tobytes()).hexdigest()
         digest = hashlib.sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()[:16]
         self._paths = [Path(parent) / f"token_lengths-{digest}.json" for parent in (folder, fallback) if parent is not None]
         self._size = len(index)

@@ -26,7 +26,7 @@ from megatron_longvila.config import Config
 from megatron_longvila.data.batch import MicroBatch, Row, build_micro_batch, split_media
 from megatron_longvila.data.index import LengthCache, SampleIndex
 from megatron_longvila.data.media import MediaError
-from megatron_longvila.data.mixture import UNUSABLE, RowSchedule, check_same_data, step_rows
+from megatron_longvila.data.mixture import UNUSABLE, Mixture, RowSchedule, check_same_data, step_rows
 from megatron_longvila.data.report import BadSamples
 from megatron_longvila.data.shards import Dataset
 from megatron_longvila.data.text import Tokenizer
@@ -103,6 +103,7 @@ class Loader:
     Args:
         place: this rank, or `Place()` for one process alone.
         datasets: opened folders, in the order of the configuration.
+        mixture: what a training epoch draws from the datasets; None is every sample once.
         evaluation: every sample once, in index order, at most `training.evaluation_rows` rows; iterating starts over. Otherwise rows of
             (training.seed, epoch), endless if training.steps is set, else training.epochs of them; iterating goes on from the position.
         report_path: JSON lines of the samples that were skipped, written by rank 0.
@@ -124,6 +125,7 @@ class Loader:
         datasets: Sequence[Dataset | TextDataset],
         tokenizer: Tokenizer,
         *,
+        mixture: Mixture | None = None,
         evaluation: bool = False,
         report_path: Path | None = None,
         cache_dir: Path | None = None,
@@ -133,8 +135,10 @@ class Loader:
         self._index = SampleIndex(
             datasets, tokenizer, config.data, tokens_per_frame=config.model.tokens_per_frame, vocab_size=config.model.llm.vocab_size
         )
-        self._bad = BadSamples(self._index, config.data, report_path, writes=place.rank == 0)
-        lengths, reasons = _measure(self._index, LengthCache(self._index, datasets[0].path, cache_dir), place)
+        self._mixture = mixture
+        numbers = np.arange(len(self._index)) if mixture is None else mixture.numbers
+        self._bad = BadSamples(self._index, config.data, report_path, num_samples=len(numbers), writes=place.rank == 0)
+        lengths, reasons = _measure(self._index, numbers, LengthCache(self._index, datasets[0].path, cache_dir, numbers), place)
         too_long = self._index.too_long(lengths)
         lengths[list(too_long)] = UNUSABLE
         self._bad.add_unusable(dict(sorted((reasons | too_long).items())))
@@ -145,7 +149,7 @@ class Loader:
             self.schedule = RowSchedule(lengths, config.data.context_length, seed=None, epochs=1)
         else:
             epochs = None if training.steps else training.epochs
-            self.schedule = RowSchedule(lengths, config.data.context_length, seed=training.seed, epochs=epochs)
+            self.schedule = RowSchedule(lengths, config.data.context_length, seed=training.seed, epochs=epochs, mixture=mixture)
         step_rows(0, config.data.global_batch_size, place.dp_rank, place.dp_size)  # refuses a batch that dp does not divide
         self.position = self.frames_decoded = self.frames_replaced = 0
         self._warned: set[int] = set()  # samples with replaced frames that the log has named
@@ -198,7 +202,10 @@ class Loader:
     def _decides_rows(self) -> dict[str, str]:
         """What must be the same for a resumed run to read the same rows and see the same pixels, by name."""
         vision, fast = self._config.model.vision, " by the decoder" * self._config.data.video.fast_resize
-        return self._index.components() | {"pixels": f"{vision.preprocess} to {vision.image_size} px{fast}"}
+        components = self._index.components() | {"pixels": f"{vision.preprocess} to {vision.image_size} px{fast}"}
+        if self._mixture is not None and not self._mixture.is_every_sample_once(len(self._index)):
+            components["mixture"] = self._mixture.describe()
+        return components
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         if self._evaluation:
@@ -332,15 +339,16 @@ class Loader:
             self._bad.add_failed(_gather_dicts({number: seen[number] for number, rank in writers.items() if rank == place.rank}, place))
 
 
-def _measure(index: SampleIndex, cache: LengthCache, place: Place) -> tuple[np.ndarray, dict[int, str]]:
-    """Token lengths of all samples and the reasons of the unusable ones: from the cache, else each rank measures its share."""
-    if index.is_text:
-        return index.measure(range(len(index)))
-    if place.replica is None:
-        found = cache.read()
+def _measure(index: SampleIndex, numbers: np.ndarray, cache: LengthCache, place: Place) -> tuple[np.ndarray, dict[int, str]]:
+    """Token lengths by sample number (UNUSABLE outside `numbers`) and the reasons of the unusable ones: from the cache, else each rank
+    measures its share."""
+    if place.replica is None or index.is_text:
+        found = None if index.is_text else cache.read()
         if found is None:
-            found = index.measure(range(len(index)), show_bar=True)
-            cache.write(*found)
+            lengths, reasons = index.measure(numbers, show_bar=not index.is_text)
+            found = _spread(index, numbers, lengths), reasons
+            if not index.is_text:
+                cache.write(*found)
         return found
     answer = [cache.read() if place.rank == 0 else None]  # one rank looks, so that all take the same way
     dist.broadcast_object_list(answer, src=0)
@@ -348,14 +356,22 @@ def _measure(index: SampleIndex, cache: LengthCache, place: Place) -> tuple[np.n
         return answer[0]
     world_size = dist.get_world_size()
     shares: list[Any] = [None] * world_size
-    dist.all_gather_object(shares, index.measure(range(place.rank, len(index), world_size), show_bar=place.rank == 0))
-    lengths, reasons = np.empty(len(index), dtype=np.int64), {}
+    dist.all_gather_object(shares, index.measure(numbers[place.rank :: world_size], show_bar=place.rank == 0))
+    lengths, reasons = np.empty(len(numbers), dtype=np.int64), {}
     for rank, (share, share_reasons) in enumerate(shares):
         lengths[rank::world_size] = share
         reasons |= share_reasons
+    lengths = _spread(index, numbers, lengths)
     if place.rank == 0:
         cache.write(lengths, reasons)
     return lengths, reasons
+
+
+def _spread(index: SampleIndex, numbers: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Lengths of samples `numbers` at their places among all samples of the index."""
+    spread = np.full(len(index), UNUSABLE, dtype=np.int64)
+    spread[numbers] = lengths
+    return spread
 
 
 def _reduce_max(values: torch.Tensor, group: ProcessGroup | None, device: torch.device) -> torch.Tensor:

@@ -2,13 +2,18 @@
 
 A row is one pack of whole samples and the unit of a micro-batch. Nothing about the layout enters: tp, pp, cp, dp and worker counts read the
 same endless list of rows, epoch 0, epoch 1, ...; step s takes rows [sG, (s+1)G) of it and dp rank d the rows d, d+dp, ... of those.
+
+An epoch is every sample of the index once or, with a `Mixture`, what that draws: a fixed number of draws from each of its parts. Draws are
+shuffled and packed by the same code, so a mixture that draws every sample once gives the very rows of the plain list of datasets.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -42,6 +47,83 @@ def permute(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     between numpy versions (NEP 19 fixes the bit generators, not the distributions). int64 [num_samples]."""
     keys = np.random.Philox(key=[seed, epoch]).random_raw(num_samples)
     return np.argsort(keys, kind="stable")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Samples that a mixture draws from together.
+
+    A part has an endless list of draws: all its samples in the order of (seed, 0), then all of them in the order of (seed, 1), and so on.
+    Epoch e takes draws [e * count, (e + 1) * count) of it. After E epochs every sample was drawn floor or ceil(E * count / size) times;
+    where count is k * size, every epoch draws every sample exactly k times.
+
+    Attributes:
+        name: what people call it, in messages and in what a resumed run compares.
+        numbers: sample numbers in the index, ascending. int64.
+        count: draws of one epoch.
+        seed: of the draws' order, which matters unless count is a multiple of the size; below 2**63.
+        subset: `numbers` is not all there is under that name, so that a digest of them belongs to the description.
+    """
+
+    name: str
+    numbers: np.ndarray
+    count: int
+    seed: int = 0
+    subset: bool = False
+
+    def draw(self, epoch: int) -> np.ndarray:
+        """Sample numbers of one epoch, ascending, each as often as it was drawn. int64 [count]."""
+        size = len(self.numbers)
+        start, stop = epoch * self.count, (epoch + 1) * self.count
+        times = np.zeros(size, dtype=np.int64)
+        for cycle in range(start // size, -(-stop // size)):
+            first, end = max(start - cycle * size, 0), min(stop - cycle * size, size)
+            times[slice(None) if end - first == size else permute(size, self.seed, cycle)[first:end]] += 1
+        return np.repeat(self.numbers, times)
+
+    def describe(self) -> str:
+        """What decides the draws, in words that say what differs when two descriptions do."""
+        notes = [f"seed {self.seed}"] if self.count % len(self.numbers) else []
+        if self.subset:
+            notes.append("samples " + hashlib.sha256(np.ascontiguousarray(self.numbers, dtype="<i8").tobytes()).hexdigest()[:8])
+        return f"{self.count} from the {len(self.numbers)} of {self.name}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+class Mixture:
+    """What an epoch of several datasets draws, part after part."""
+
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = tuple(parts)
+
+    def __len__(self) -> int:
+        return sum(part.count for part in self.parts)
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Every sample that some epoch draws, once, ascending."""
+        return np.unique(np.concatenate([part.numbers for part in self.parts]))
+
+    def draw(self, epoch: int) -> np.ndarray:
+        """Sample numbers of one epoch before they are shuffled. int64."""
+        return np.concatenate([part.draw(epoch) for part in self.parts])
+
+    def describe(self) -> str:
+        return "; ".join(part.describe() for part in self.parts)
+
+    def is_every_sample_once(self, num_samples: int) -> bool:
+        """Whether an epoch is what it would be without a mixture."""
+        whole = all(part.count == len(part.numbers) for part in self.parts)
+        return whole and len(self) == num_samples and np.array_equal(self.draw(0), np.arange(num_samples))
+
+
+def apportion(quotas: Sequence[Fraction]) -> list[int]:
+    """Whole numbers for exact quotas, by largest remainder: each within one of its quota, together their rounded sum. Whole quotas stay."""
+    counts = [int(quota) for quota in quotas]
+    missing = int(sum(quotas, Fraction(1, 2))) - sum(counts)
+    by_remainder = sorted(range(len(quotas)), key=lambda place: (counts[place] - quotas[place], place))
+    for place in by_remainder[:missing]:
+        counts[place] += 1
+    return counts
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, context_length: int) -> EpochRows:
@@ -79,23 +161,33 @@ def pack(lengths: np.ndarray, order: np.ndarray, context_length: int) -> EpochRo
 
 
 class RowSchedule:
-    """The list of rows a run reads. Pure: rows are a function of (lengths, context_length, seed), whoever asks.
+    """The list of rows a run reads. Pure: rows are a function of (lengths, context_length, seed, mixture), whoever asks.
 
     Args:
         lengths: unpadded tokens of every sample, UNUSABLE where it cannot be used. int64.
         context_length: tokens of a row.
         seed: of the permutations; None keeps the samples in their order (evaluation).
         epochs: rows after these epochs do not exist; None for an endless list.
+        mixture: what an epoch draws; None is every sample once.
 
     Raises:
         ValueError: no sample can be used.
     """
 
-    def __init__(self, lengths: np.ndarray, context_length: int, *, seed: int | None, epochs: int | None = None):
-        if not (lengths > 0).any():
-            raise ValueError(f"none of the {len(lengths)} samples can be used; their reasons are in data_report.jsonl in the run directory")
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        context_length: int,
+        *,
+        seed: int | None,
+        epochs: int | None = None,
+        mixture: Mixture | None = None,
+    ):
+        drawn = lengths if mixture is None else lengths[mixture.numbers]
+        if not (drawn > 0).any():
+            raise ValueError(f"none of the {len(drawn)} samples can be used; their reasons are in data_report.jsonl in the run directory")
         self._lengths, self._context_length, self._seed = lengths, context_length, seed
-        self._num_epochs = epochs
+        self._num_epochs, self._mixture = epochs, mixture
         self._first_row = [0]  # of epoch 0, 1, ...: as many as were asked for so far
         self._recent: dict[int, EpochRows] = {}
 
@@ -128,8 +220,8 @@ class RowSchedule:
 
     def _epoch(self, epoch: int) -> EpochRows:
         if epoch not in self._recent:
-            num_samples = len(self._lengths)
-            order = np.arange(num_samples) if self._seed is None else permute(num_samples, self._seed, epoch)
+            samples = np.arange(len(self._lengths)) if self._mixture is None else self._mixture.draw(epoch)
+            order = samples if self._seed is None else samples[permute(len(samples), self._seed, epoch)]
             self._recent[epoch] = pack(self._lengths, order, self._context_length)
             if len(self._first_row) == epoch + 1:
                 self._first_row.append(self._first_row[epoch] + len(self._recent[epoch]))

@@ -17,6 +17,7 @@ class BadSamples:
     Args:
         path: JSON lines {"key": line of the dataset, "id", "dataset": its folder, "reason"}; a sample stands there once, also across
             resumes, and several loaders may share the file. None: no file.
+        num_samples: what the share of bad ones is of; None is all of the index.
         writes: this rank writes the file; the others only know where it is.
 
     Attributes:
@@ -24,8 +25,9 @@ class BadSamples:
         failed: reasons of the samples whose media could not be read; they keep their place without labels.
     """
 
-    def __init__(self, index: SampleIndex, config: DataConfig, path: Path | None, *, writes: bool = True):
+    def __init__(self, index: SampleIndex, config: DataConfig, path: Path | None, *, num_samples: int | None = None, writes: bool = True):
         self._index, self._config, self._path, self._writes = index, config, path, writes
+        self._num_samples = len(index) if num_samples is None else num_samples
         self.unusable: dict[int, str] = {}
         self.failed: dict[int, str] = {}
 
@@ -51,10 +53,10 @@ class BadSamples:
 
     def _check(self) -> None:
         bad = self.unusable | self.failed
-        share, limit = len(bad) / max(1, len(self._index)), self._config.max_bad_fraction
+        share, limit = len(bad) / max(1, self._num_samples), self._config.max_bad_fraction
         if share > limit:
             raise ValueError(
-                f"{len(bad)} of {len(self._index)} samples had to be skipped, a share of {share:.4f}, more than "
+                f"{len(bad)} of {self._num_samples} samples had to be skipped, a share of {share:.4f}, more than "
                 f"data.max_bad_fraction={limit}: {self._describe(bad)}; repair the data, or raise the fraction"
             )
 

@@ -37,14 +37,16 @@ from megatron_longvila.config import Config
 from megatron_longvila.config_check import check_inputs, resolve
 from megatron_longvila.config_io import parse, to_dict
 from megatron_longvila.data.text import load_tokenizer
+from megatron_longvila.data.training_data import check_mixture, open_training_data
 
 RECORD = "stage.json"
 SUMMARY = "run_summary.json"
-PATH_FIELDS = ("data.train", "data.evaluation", "data.tokenizer")
+PATH_FIELDS = ("data.train", "data.registry", "data.evaluation", "data.tokenizer")
 OWN_FIELDS = ("output_dir", "checkpoint.load")
 # What a finished stage may have been trained without: its weights are the same to rounding, or do not depend on it at all.
 NEUTRAL = re.compile(
-    r"output_dir|parallel\..*|logging\..*|checkpoint\.(?!load_parts).*|data\.(num_workers|evaluation|train|tokenizer|video\.timeout_s)"
+    r"output_dir|parallel\..*|logging\..*|checkpoint\.(?!load_parts).*|data\.(num_workers|evaluation|train|mixture|registry|stage|tokenizer"
+    r"|video\.timeout_s)"
     r"|training\.(check_trainable|may_see_no_gradient|recompute|recompute_vision|loss_chunk_rows|evaluation_interval|evaluation_rows)"
     r"|model\.(layers|attention_backend|kernels|vision\.frames_per_micro_batch)"
 )
@@ -194,6 +196,7 @@ def plan_chain(chain: Chain, output_dir: Path, start: Path | None, *, num_ranks:
                 config = replace(config, checkpoint=replace(config.checkpoint, load=str(start)))
             config = resolve(config, world_size=num_ranks, gpus_per_host=ranks_per_host)
             check_inputs(config)
+            check_mixture(config.data)
             if not planned and config.checkpoint.load and not hash_mark(Path(config.checkpoint.load)):
                 raise ValueError(f"checkpoint.load={config.checkpoint.load} holds no {COMPLETE}: give a complete checkpoint folder")
             merges = config.model.lora.rank > 0 if stage.merge_lora is None else stage.merge_lora
@@ -332,8 +335,12 @@ def _check_fit(before: Planned, config: Config) -> None:
 def _facts(config: Config, mark: str) -> dict[str, Any]:
     """What the result of a stage depends on."""
     fields = {name: value for name, value in flatten(to_dict(config)).items() if not NEUTRAL.fullmatch(name)}
-    data = [json.loads(Path(folder, "dataset.json").read_text())["hash"] for folder in config.data.train]
-    return json.loads(json.dumps(fields | {"data": data, "tokenizer": load_tokenizer(config.data.tokenizer).hash, "input": mark}))
+    if config.data.mixture:
+        datasets, mixture = open_training_data(config.data)
+        fields["data"] = [*(dataset.hash for dataset in datasets), mixture.describe()]
+    else:
+        fields["data"] = [json.loads(Path(folder, "dataset.json").read_text())["hash"] for folder in config.data.train]
+    return json.loads(json.dumps(fields | {"tokenizer": load_tokenizer(config.data.tokenizer).hash, "input": mark}))
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,6 +27,7 @@ from megatron_longvila.data.batch import MicroBatch
 from megatron_longvila.data.loader import Loader, Place
 from megatron_longvila.data.shards import open_dataset
 from megatron_longvila.data.text import load_tokenizer
+from megatron_longvila.data.training_data import open_training_data
 from megatron_longvila.models.longvila import build_model
 from megatron_longvila.parallel.groups import Groups, initialize_groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
@@ -125,7 +126,8 @@ def build_run(config: Config) -> Run:
 
     place = Place.of(groups, sequence_parallel=config.parallel.sequence_parallel)
     open_loader = partial(Loader, config, place, tokenizer=tokenizer, cache_dir=folder / "cache", report_path=folder / "data_report.jsonl")
-    loader = open_loader([open_dataset(path) for path in config.data.train])
+    datasets, mixture = open_training_data(config.data)
+    loader = open_loader(datasets, mixture=mixture)
     evaluation = None
     if config.data.evaluation:
         held_out = [open_dataset(path) for path in config.data.evaluation]
