@@ -1,8 +1,9 @@
 """Many questions to an endpoint at once: what is stored is never asked again, what is useless is asked anew a few times, nothing is lost.
 
 An answer is stored before anything looks at what it says. Whether it is useful is decided by a pure function of its text each time a stage
-runs, so a run that was killed at any point goes on exactly where it was. A useless answer (no JSON, cut at the token limit, a refusal) is
-asked again under the next number of try, which is part of the request's key and seed; a fault of the transport is no answer and has no number.
+runs, so a run that was killed at any point goes on exactly where it was. A useless answer (no JSON, cut at the token limit, a refusal)
+is asked again under the next number of try, which is part of the request's key and seed; a fault of the transport is no answer and has no
+number.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ class FaultLog:
         self._log.append({"stage": self._stage, "kind": kind, "detail": detail})
 
 
-def ask_all(questions: Iterable[Question], parse: Parse, asker: Asker, store: AnswerStore, client: Client) -> Iterator[tuple[Question, Outcome]]:
+def ask_all(
+    questions: Iterable[Question], parse: Parse, asker: Asker, store: AnswerStore, client: Client
+) -> Iterator[tuple[Question, Outcome]]:
     """(question, outcome) in the order of `questions`, which is read only as far ahead as there are threads to ask.
 
     Leaving the loop early (also by an interrupt) starts no further requests but waits for those on the way, which are paid for.

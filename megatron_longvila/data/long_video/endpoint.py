@@ -71,7 +71,9 @@ class Endpoint:
     def __post_init__(self):
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("--endpoint must be http://HOST[:PORT]/PATH or https://..., without user, password or ?query; the key has its own variable")
+            raise ValueError(
+                "--endpoint must be http://HOST[:PORT]/PATH or https://..., without user, password or ?query; the key has its own variable"
+            )
         if self.key is not None and (not self.key.isascii() or not self.key.isprintable() or " " in self.key or len(self.key) < 4):
             raise ValueError("the key must be at least 4 printable ASCII characters without spaces; look at the variable that holds it")
 

@@ -22,7 +22,7 @@ _OPEN_VIDEOS = 4  # clips come video by video, so the threads work on one or two
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """`num_frames` of a clip, evenly spaced; the longer side scaled down to `image_size` pixels; JPEG quality. Part of every request's key."""
+    """`num_frames` of a clip, evenly spaced; the longer side scaled down to `image_size` pixels; JPEG quality. In every request's key."""
 
     num_frames: int = 8
     image_size: int = 448
@@ -77,9 +77,10 @@ class ClipReader:
             with shared.lock:
                 if shared.closed:  # pushed out while this thread waited for its turn
                     continue
-                if shared.open().timeline.num_frames != num_frames:
-                    raise MediaError(f"has {shared.open().timeline.num_frames} frames, but had {num_frames}; run `segment` again")
-                found = shared.open().read(indices, lambda frame: shared.open().to_rgb(frame))
+                stream = shared.open()
+                if stream.timeline.num_frames != num_frames:
+                    raise MediaError(f"has {stream.timeline.num_frames} frames, but had {num_frames}; run `segment` again")
+                found = stream.read(indices, stream.to_rgb)
                 break
         if not found:
             raise MediaError(f"none of its frames {indices[0]} to {indices[-1]} decodes")

@@ -102,7 +102,7 @@ class Log:
                         raise ValueError("not an object")
                 except ValueError as error:
                     raise WorkError(
-                        f"{self.path} line {number} is damaged ({error}), which a kill cannot do; delete that line and its answer is asked for again"
+                        f"{self.path} line {number} is damaged ({error}), which no kill does; delete that line to ask for its answer again"
                     ) from None
                 yield offset, len(line), record
                 offset += len(line)
@@ -186,7 +186,10 @@ def request_key(request: dict) -> str:
 
 
 def write_stage(work: Path, stage: str, records: Iterable[dict], rejects: Iterable[dict], report: dict, *, sources: list[Path]) -> dict:
-    """Replace a stage's three files and return the report as written; the report comes last and names the hashes of `sources`, so that a half-written stage is stale."""
+    """Replace a stage's three files and return the report as written.
+
+    The report comes last and names the hashes of `sources`, so that a half-written stage is no finished one.
+    """
     (work / f"{stage}.report.json").unlink(missing_ok=True)
     data = b"".join(_line(record) for record in records)
     write_atomically(work / f"{stage}.jsonl", data)

@@ -1,6 +1,6 @@
 """Clips of about ten seconds: spans of the original video, cut at a fixed pace or on shot boundaries. Nothing is copied or re-encoded.
 
-A clip is [start_s, end_s) in seconds from the first frame, and the frames shown in it; every frame belongs to exactly one clip of its video.
+A clip is [start_s, end_s) in seconds from the first frame, and the frames shown in it; every frame belongs to exactly one clip.
 Shapes: F frames, H, W.
 """
 
@@ -15,8 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from megatron_longvila.data.long_video.records import WorkError, write_stage
-from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline, DecodeTimeout, MediaError, MediaLimits, MediaUnreadable, natural_key
-from megatron_longvila.data.media import open_source, resolve_below
+from megatron_longvila.data.media import (
+    DEFAULT_LIMITS,
+    Deadline,
+    DecodeTimeout,
+    MediaError,
+    MediaLimits,
+    MediaUnreadable,
+    natural_key,
+    open_source,
+    resolve_below,
+)
 from megatron_longvila.data.output import Journal, Progress
 from megatron_longvila.data.shards import canonical_json
 from megatron_longvila.data.stream import VideoStream
@@ -52,8 +61,8 @@ class SegmentOptions:
 def plan_boundaries(duration_s: float, clip_s: float, cuts_s: list[float]) -> list[float]:
     """Ends of the clips of a video, increasing, the last one `duration_s`.
 
-    A shot longer than 1.5 clips is split into equal parts; neighbours are joined while a clip is shorter than 3/4 of `clip_s` and does not grow
-    past 1.5 times. Without cuts, the video is one shot.
+    A shot longer than 1.5 clips is split into equal parts; neighbours are joined while a clip is shorter than 3/4 of `clip_s` and does not
+    grow past 1.5 times. Without cuts, the video is one shot.
     """
     pieces = []
     edges = [0.0, *sorted(cut for cut in set(cuts_s) if 0 < cut < duration_s), duration_s]

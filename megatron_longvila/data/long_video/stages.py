@@ -60,7 +60,7 @@ class Incomplete(WorkError):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage that asks: `total` questions, how an answer is read and becomes records, what is refused before it is asked, its input files."""
+    """A stage that asks: `total` questions, how an answer is read and becomes records, what is refused unasked, its input files."""
 
     name: str
     questions: Iterable[Question]
