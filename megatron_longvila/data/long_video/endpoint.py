@@ -162,18 +162,16 @@ class Client:
                 connection.request("POST", parts.path.rstrip("/") + "/chat/completions", data, headers)
                 response = connection.getresponse()
                 body = response.read(MAX_REPLY_BYTES + 1)
-                if response.length and len(body) <= MAX_REPLY_BYTES:  # a read with a limit does not complain about a body that ends early
-                    raise _Fault("connection", f"it ended {response.length} bytes before the end of the answer")
         except (OSError, http.client.HTTPException) as error:
             if watchdog.fired or isinstance(error, TimeoutError):
                 raise _Fault("timeout", f"no whole answer within {self.endpoint.timeout_s:g} s") from None
             raise _Fault("connection", f"{type(error).__name__}: {error}") from None
-        except _Fault:
-            if watchdog.fired:
-                raise _Fault("timeout", f"no whole answer within {self.endpoint.timeout_s:g} s") from None
-            raise
         finally:
             connection.close()
+        if watchdog.fired:  # what it cut may look whole: http.client takes a header that ends early for an answer without a body
+            raise _Fault("timeout", f"no whole answer within {self.endpoint.timeout_s:g} s")
+        if response.length and len(body) <= MAX_REPLY_BYTES:  # a read with a limit does not complain about a body that ends early
+            raise _Fault("connection", f"it ended {response.length} bytes before the end of the answer")
         if len(body) > MAX_REPLY_BYTES:
             raise _Fault("not_a_completion", f"the answer has more than {MAX_REPLY_BYTES} bytes")
         return response.status, response.headers, body
