@@ -48,6 +48,10 @@ class Tokenizer(ABC):
     def find_special(self, name: str) -> int | None:
         """Id of the special token written `name`, or None."""
 
+    @abstractmethod
+    def piece(self, token_id: int) -> str:
+        """What one id stands for, specials by their name: for people to read. An id of half a character gives U+FFFD or the byte's name."""
+
     def special_id(self, name: str) -> int:
         """Id of the special token written `name`; ValueError if the tokenizer has none."""
         found = self.find_special(name)
@@ -104,6 +108,9 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode([i for i in ids if i < self.vocab_size and not self._processor.is_control(i)])
 
+    def piece(self, token_id: int) -> str:
+        return self._processor.id_to_piece(token_id).replace("\u2581", " ") if token_id < self.vocab_size else ""
+
     def find_special(self, name: str) -> int | None:
         found = self._find_piece(name)
         return found if found is not None and self._processor.is_control(found) else None
@@ -146,6 +153,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self._full.decode([i for i in ids if i not in self._special_ids or i in self._text_ids])
+
+    def piece(self, token_id: int) -> str:
+        return self.decode([token_id]) or self._full.id_to_token(token_id) or ""
 
     def find_special(self, name: str) -> int | None:
         return self._special.get(name)
