@@ -31,8 +31,9 @@ setup(
     # on the index is not NVIDIA's.
     extras_require={
         "te": ["transformer-engine[pytorch]"],
+        "parquet": ["pyarrow"],
         "hf": ["transformers>=5,<6"],
         "logging": ["tensorboard", "wandb"],
-        "dev": ["pytest>=8", "ruff>=0.17,<0.18", "peft", "tensorboard", "triton; platform_system == 'Linux'"],
+        "dev": ["pytest>=8", "ruff>=0.17,<0.18", "peft", "pyarrow", "tensorboard", "triton; platform_system == 'Linux'"],
     },
 )
