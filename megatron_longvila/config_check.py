@@ -80,7 +80,7 @@ def _check_mixture_fields(data: DataConfig) -> None:
     if data.mixture and data.train:
         raise ValueError(
             f"data.train={data.train} and data.mixture={data.mixture!r} are both set; a mixture names all it is made of: "
-            "add the folders to the registry, or leave data.mixture empty"
+            "add the folders to the registry and set --data.train '[]', or leave data.mixture empty"
         )
     if data.mixture and not data.registry:
         raise ValueError(f"data.mixture={data.mixture!r} needs the file that says what its names are; set --data.registry FILE.yaml")

@@ -15,6 +15,8 @@ import yaml
 from programs import ROOT, environment, load_script
 from tiny_tokenizers import write_sentencepiece
 
+from megatron_longvila.data.preprocess import Options, preprocess
+
 TOOL = ROOT / "tools" / "run_stages.py"
 TINY = str(ROOT / "examples" / "models" / "tiny.yaml")
 # Stands for training: notes what it was called with, writes what a finished run leaves, or fails or waits where it was told to.
@@ -255,6 +257,30 @@ def test_refused_before_anything_starts(case: str, place) -> None:
     found = place.refused()
     assert re.search(message, found, re.DOTALL), found
     assert not place.output.exists()
+
+
+def test_a_stage_on_a_mixture_is_bound_to_what_the_mixture_draws(place, capsys) -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    for name in ("a", "b"):
+        rows = place.folder / f"{name}.jsonl"
+        rows.write_text("".join(json.dumps({"id": f"{name}{number}", "conversations": turns}) + "\n" for number in range(4)))
+        preprocess(Options(input=rows, media_root=place.folder, output=place.folder / name, num_workers=1))
+    registry = place.folder / "mixtures.yaml"
+
+    def write(weight: str, mixture: str = "m") -> None:
+        registry.write_text(f"datasets: {{a: a, b: b, c: c}}\nmixtures:\n  {mixture}: {{mix: a + {weight}*b, limit: {{late: 100}}}}\n")
+
+    write("2")
+    flags = {"data.train": [], "data.mixture": "m", "data.registry": "mixtures.yaml", "data.stage": "late"}
+    place.chain["stages"][1]["flags"] |= flags
+    assert place.run() == 0 and len(place.calls()) == 3
+    write("2.0")
+    assert place.run() == 0 and place.calls() == []  # written differently, the same draws
+    write("3")
+    assert "stage two in " in (said := place.refused()) and "8 from the 4 of b" in said and "12 from the 4 of b" in said
+    assert place.run("--restart_from", "two") == 0 and [call["stage"] for call in place.calls()] == ["two", "three"]
+    place.chain["stages"][1]["flags"]["data.mixture"] = "m + c"
+    assert "stage two: " in (said := place.refused()) and "c' holds no dataset.json" in said
 
 
 def test_parts_that_are_not_taken_over_need_not_fit(place) -> None:

@@ -248,23 +248,21 @@ def test_the_tool_speaks_and_leaves_the_right_status(tmp_path, media):
     assert '"database"' in shown and "--clips" in shown and "--fps" not in shown
 
 
+MEASURE = """
+import sys
+from pathlib import Path
+from megatron_longvila.data.importers.run import Options, run_import
+source, output, media = map(Path, sys.argv[1:])
+run_import(Options("llava", (source,), output, media))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
 def peak_mib(source: Path, output: Path, media: Path) -> float:
-    """Memory of the tool on `source`, which must succeed."""
-    words = [
-        sys.executable,
-        str(ROOT / "tools" / "import_dataset.py"),
-        "llava",
-        "--input",
-        source,
-        "--output",
-        output,
-        "--media_root",
-        media,
-    ]
-    process = subprocess.Popen(list(map(str, words)), env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    return usage.ru_maxrss / 1024
+    """Memory of an import in a process of its own. (What getrusage says of a child includes its parent at the fork.)"""
+    words = [sys.executable, "-c", MEASURE, str(source), str(output), str(media)]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    return int(done.stdout) / 1024
 
 
 @pytest.mark.parametrize(("kind", "count"), [("lines", 100_000), ("list", 20_000)])
@@ -272,7 +270,8 @@ def test_large_files_need_the_memory_of_their_ids(tmp_path, media, kind, count):
     images = ["gone.jpg" if number % 1000 == 999 else "a.jpg" for number in range(count)]
     ids = [f"i{number % (count * 9 // 10)}" for number in range(count)]
     lines = [
-        json.dumps(record(n, image, identity=one) | {"unused": "x" * 600}) for n, (image, one) in enumerate(zip(images, ids, strict=True))
+        json.dumps(record(number, image, identity=name) | {"unused": "x" * 600})
+        for number, (image, name) in enumerate(zip(images, ids, strict=True))
     ]
     source, output = tmp_path / "in.json", tmp_path / "out.jsonl"
     source.write_text(json.dumps([record(0)]))
@@ -285,7 +284,8 @@ def test_large_files_need_the_memory_of_their_ids(tmp_path, media, kind, count):
     assert len({json.loads(line)["id"] for line in output.read_text().splitlines()}) == report["rows"]
     # Two sets of 45-byte objects (about 26 bytes a slot in a set more), at most 200 bytes a row; the file is 780 bytes a row, and four
     # times that as objects.
-    assert much - little < 8 + 200 * count / 2**20
+    print(f"{kind}: {much - little:.1f} MiB more for {count} rows")
+    assert much - little < 12 + 200 * count / 2**20
 
 
 @pytest.mark.kill
