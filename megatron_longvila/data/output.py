@@ -21,6 +21,7 @@ from megatron_longvila.data.tar import Member, ShardTask, shard_index, write_sha
 _FOREIGN = {
     "media": (("documents", "rows.idx"), "tools/preprocess_text.py"),
     "text": (("shards", "samples.jsonl"), "tools/preprocess_video.py"),
+    "copies": (("dataset.json", "samples.jsonl"), "tools/preprocess_video.py"),
 }
 _SHARD_NAME = re.compile(r"media-[0-9]{6}\.tar(\.tmp)?")
 
@@ -45,7 +46,7 @@ class Stored:
 
 
 @contextmanager
-def output_folder(path: Path, kind: Literal["media", "text"] = "media") -> Iterator[None]:
+def output_folder(path: Path, kind: Literal["media", "text", "copies"] = "media") -> Iterator[None]:
     """Make the folder, and keep a second run out of it. Raises PreprocessError when it holds something else or is in use."""
     foreign, tool = _FOREIGN[kind]
     if any((path / name).exists() for name in foreign):

@@ -124,10 +124,32 @@ class VideoStream:
             rgb_HW3 = frame.to_ndarray(format="rgb24")
         else:
             rgb_HW3 = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="BICUBIC").to_ndarray()
+        transpose = self.orient(frame)
+        return rgb_HW3 if transpose is None else np.array(Image.fromarray(rgb_HW3).transpose(transpose))
+
+    def orient(self, frame: av.VideoFrame) -> Image.Transpose | None:
+        """What turns this frame upright; None where it is. A frame that does not say is turned as the one before it."""
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is not None:
             self.rotation, self._transpose = _orientation(np.frombuffer(bytes(matrix), np.int32))
-        return rgb_HW3 if self._transpose is None else np.array(Image.fromarray(rgb_HW3).transpose(self._transpose))
+        return self._transpose
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether the frames read so far need no turning or mirroring."""
+        return self._transpose is None
+
+    def frames(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame) of every frame that decodes without errors, in the order of presentation."""
+        timeline = self.timeline
+        numbers = {int(pts): index for index, pts in enumerate(timeline.pts_F)}
+        counts = not timeline.packets
+        self._open()
+        decoded = (frame for packet in self._packets_then_flush() for frame in self._decode(packet))
+        for count, frame in enumerate(decoded):
+            index = count if counts else numbers.get(frame.pts)
+            if index is not None and not frame.is_corrupt:
+                yield index, frame
 
     def read(self, indices: list[int], convert: Callable[[av.VideoFrame], object]) -> dict[int, object]:
         """`convert(frame)` of each sorted index; frames that do not decode, or only with errors, are missing from the result."""
