@@ -34,6 +34,16 @@ setup(
         "parquet": ["pyarrow"],
         "hf": ["transformers>=5,<6"],
         "logging": ["tensorboard", "wandb"],
-        "dev": ["pytest>=8", "ruff>=0.17,<0.18", "peft", "pyarrow", "tensorboard", "triton; platform_system == 'Linux'"],
+        "long_video": ["scenedetect-headless>=0.7,<0.8", "py3langid>=0.4"],  # shot boundaries; languages
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.17,<0.18",
+            "peft",
+            "py3langid>=0.4",
+            "scenedetect-headless>=0.7,<0.8",
+            "pyarrow",
+            "tensorboard",
+            "triton; platform_system == 'Linux'",
+        ],
     },
 )

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = {
-    "red": ((200, 30, 30), "ROSE"), "green": ((30, 160, 40), "LEAF"), "blue": ((40, 60, 210), "LAKE"),
-    "yellow": ((220, 210, 40), "CORN"), "purple": ((130, 30, 150), "PLUM"), "grey": ((110, 110, 110), "RAIN"),
+    "red": ((200, 30, 30), "ROSE"), "green": ((30, 160, 40), "LEAF"), "blue": ((90, 150, 250), "LAKE"),
+    "white": ((225, 225, 225), "SNOW"), "purple": ((110, 20, 130), "PLUM"), "grey": ((60, 60, 60), "RAIN"),
 }  # fmt: skip
+# any two are at least 37 apart on average in hue, saturation and value, and a shot detector's usual threshold is 27
 
 
 @dataclass(frozen=True)
@@ -24,29 +25,34 @@ class Scene:
     duration_s: float
 
 
-def make_film(path: Path, scenes: list[Scene], *, fps: int = 5, size: tuple[int, int] = (96, 64)) -> Path:
-    """H.264 in mp4; the scenes one after the other, the square moves left to right once in each."""
+def make_film(path: Path, scenes: list[Scene], *, fps: int = 5, size: tuple[int, int] = (96, 64), number: int = 0) -> Path:
+    """H.264 in mp4; the scenes one after the other, the square moves left to right once in each. `number` tells films apart."""
     width, height = size
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="mp4") as output:
         video = output.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "18", "g": str(10 * fps), "threads": "1"})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         for scene in scenes:
-            picture = np.asarray(_draw(scene.colour, size))
-            count, side = round(scene.duration_s * fps), height // 6
+            picture = np.asarray(_draw(scene.colour, size, number))
+            count, side, paint = round(scene.duration_s * fps), height // 6, 0 if min(COLOURS[scene.colour][0]) > 200 else 255
             for number in range(count):
                 frame_HW3 = picture.copy()
                 left = (width - side) * number // max(1, count - 1)
-                frame_HW3[height // 2 : height // 2 + side, left : left + side] = 255
+                frame_HW3[height // 2 : height // 2 + side, left : left + side] = paint
                 output.mux(video.encode(av.VideoFrame.from_ndarray(frame_HW3, format="rgb24")))
         output.mux(video.encode(None))
     return path
 
 
-def _draw(colour: str, size: tuple[int, int]) -> Image.Image:
+def _draw(colour: str, size: tuple[int, int], number: int) -> Image.Image:
     fill, word = COLOURS[colour]
     image = Image.new("RGB", size, fill)
-    ImageDraw.Draw(image).text((size[0] // 3, 2), word, font=ImageFont.load_default(size[1] // 5), fill=(255, 255, 255))
+    ImageDraw.Draw(image).text(
+        (size[0] // 4, 2),
+        f"{word} {number}",
+        font=ImageFont.load_default(size[1] // 5),
+        fill=(0, 0, 0) if min(fill) > 200 else (255, 255, 255),
+    )
     return image
 
 

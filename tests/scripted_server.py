@@ -79,7 +79,10 @@ class ScriptedServer:
         return f"http://127.0.0.1:{self._http.server_address[1]}/v1"
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
-        data = handler.rfile.read(int(handler.headers["Content-Length"]))
+        size = int(handler.headers["Content-Length"])
+        data = handler.rfile.read(size)
+        if len(data) < size:  # the client was killed while it asked
+            return
         digest = hashlib.sha256(data).hexdigest()
         with self._lock:
             seen = self.requests.count(digest)
@@ -116,7 +119,9 @@ class ScriptedServer:
         said, finish = answer if isinstance(answer, tuple) else (answer, "stop")
         choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": finish}
         usage = {"prompt_tokens": number, "completion_tokens": 7, "total_tokens": number + 7}
-        return json.dumps({"id": f"c{number}", "object": "chat.completion", "model": "scripted", "choices": [choice], "usage": usage}).encode()
+        return json.dumps(
+            {"id": f"c{number}", "object": "chat.completion", "model": "scripted", "choices": [choice], "usage": usage}
+        ).encode()
 
     def _fail(self, handler: BaseHTTPRequestHandler, fault: str) -> None:
         whole = self._completion({"messages": [{"role": "user", "content": "nothing"}]}, 0) if fault in ("drip", "cut_json") else b""
@@ -169,7 +174,10 @@ def _told(caption: str) -> list[str]:
 def _summary(lines: list[tuple[float, float, str]]) -> dict:
     colours = [colour for _, _, caption in lines for colour in _told(caption)]
     story = ", then ".join(colour for number, colour in enumerate(colours) if number == 0 or colour != colours[number - 1])
-    return {"summary": f"A white square crosses the screen again and again while the colour behind it changes in this order: {story}.", "domain": "film"}
+    return {
+        "summary": f"A white square crosses the screen again and again while the colour behind it changes in this order: {story}.",
+        "domain": "film",
+    }
 
 
 def _questions(lines: list[tuple[float, float, str]]) -> list[dict]:
@@ -190,7 +198,11 @@ def _questions(lines: list[tuple[float, float, str]]) -> list[dict]:
         {**good, "question": "Where does the square begin its way in the film?", "start_s": "soon"},  # format
         {**good, "question": "Who has painted the square that moves?", "type": "Guess"},  # format
         {**good, "question": "Why does the square move over the screen?", "answer": "I'm sorry, I cannot tell."},  # refusal
-        {**good, "question": "Wie heißt die Farbe, die der Bildschirm am Anfang des Films zeigt?", "answer": "Die Farbe ist sehr schön."},  # language
+        {
+            **good,
+            "question": "Wie heißt die Farbe, die der Bildschirm am Anfang des Films zeigt?",
+            "answer": "Die Farbe ist sehr schön.",
+        },  # language
         {**good, "question": "What moves <video> over the screen?", "answer": "A square."},  # marks
         {**good, "question": "What moves according to the captions?", "answer": "A white square."},  # about_the_text
         {**good, "question": "Colour?", "answer": "A white square."},  # length

@@ -141,7 +141,7 @@ class _Rules:
     def _check_language(self, text: str) -> None:
         if self._language and sum(character.isalpha() for character in text) >= _MIN_LETTERS:
             found = self._language(text)
-            if found != self._options.language:
+            if self._options.language not in (found, self._language(text.lower())):  # signs and titles in capitals mislead the model
                 raise _Broken("language", f"is {found}, not {self._options.language}")
 
 

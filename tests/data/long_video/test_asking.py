@@ -1,4 +1,4 @@
-"""An endpoint that fails in every way: nothing is lost, everything is counted, nothing is asked twice, and the key stays where it belongs."""
+"""An endpoint that fails in every way: nothing is lost, everything is counted, nothing asked twice, and the key stays where it belongs."""
 
 import json
 import socket
@@ -29,7 +29,9 @@ def asker(**settings) -> Asker:
 
 
 def questions(texts) -> list[Question]:
-    return [Question(f"q{number}", {"text": text}, {"number": number}, "be exact", lambda text=text: text) for number, text in enumerate(texts)]
+    return [
+        Question(f"q{number}", {"text": text}, {"number": number}, "be exact", lambda text=text: text) for number, text in enumerate(texts)
+    ]
 
 
 def echo(_system: str, text: str, _pictures: list) -> str:
@@ -208,7 +210,9 @@ def test_too_long_an_answer_is_a_fault(monkeypatch):
     monkeypatch.setattr("megatron_longvila.data.long_video.endpoint.MAX_REPLY_BYTES", 1000)
     heard = []
     with ScriptedServer(lambda *_: "x" * 5000) as server, pytest.raises(Unanswered, match="more than 1000 bytes"):
-        Client(Endpoint(server.url, max_tries=1), lambda kind, detail: heard.append(kind)).complete({"messages": [{"role": "user", "content": ""}]})
+        Client(Endpoint(server.url, max_tries=1), lambda kind, detail: heard.append(kind)).complete(
+            {"messages": [{"role": "user", "content": ""}]}
+        )
     assert heard == ["not_a_completion"]
 
 
@@ -238,4 +242,6 @@ def test_a_key_that_cannot_be_a_header_is_refused_unseen():
 
 def test_refused_is_no_fault():
     with ScriptedServer(echo, lambda digest, seen: "422") as server, pytest.raises(Refused, match="HTTP 422"):
-        Client(Endpoint(server.url), lambda *_: pytest.fail("counted")).complete({"messages": [{"role": "user", "content": json.dumps("a")}]})
+        Client(Endpoint(server.url), lambda *_: pytest.fail("counted")).complete(
+            {"messages": [{"role": "user", "content": json.dumps("a")}]}
+        )

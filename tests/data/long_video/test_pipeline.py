@@ -1,0 +1,357 @@
+"""The whole chain against the scripted server: every accepted record is true, and killing any stage at any point changes nothing."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from films import COLOURS, Scene, colours_between, make_film, plan_scenes, read_colour
+from media import image_bytes
+from PIL import Image
+from programs import ROOT, environment, load_script, preprocess, read_lines
+from scripted_server import ScriptedServer
+
+from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline
+from megatron_longvila.data.rows import parse_row
+from megatron_longvila.data.stream import VideoStream
+
+TOOL = load_script(ROOT / "tools" / "build_long_video_sft.py")
+KEY = "sk-0123456789abcdef"
+HOSTILE = [
+    "a b/c d.mp4",
+    "\u00fcber \u732b.mp4",
+    "new\nline.mp4",
+    "x..mp4",
+    "-rf.mp4",
+    "'; rm -rf \".mp4",
+    "<video>.mp4",
+    "{{captions}}.mp4",
+]
+STAGES = ("segment", "caption", "summarize", "qa", "filter", "export", "stats")
+FILES = [f"{stage}.jsonl" for stage in STAGES[:-1]] + [f"{stage}.rejects.jsonl" for stage in STAGES[:-1]]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory) -> tuple[Path, dict[str, list[Scene]]]:
+    """A folder of eight films with hostile names and things that are no films, and the script of each film."""
+    root = tmp_path_factory.mktemp("films") / "root"
+    scripts = {name: plan_scenes(seed, 40 + 7 * seed) for seed, name in enumerate(HOSTILE)}
+    for number, (name, scenes) in enumerate(scripts.items()):
+        make_film(root / name, scenes, number=number)
+    (root / "copy.mp4").write_bytes((root / "-rf.mp4").read_bytes())
+    (root / "notes.txt").write_text("no film")
+    (root / "cut.mp4").write_bytes((root / "-rf.mp4").read_bytes()[:2000])
+    outside = make_film(root.parent / "outside.mp4", [Scene("red", 10)])
+    (root / "link_out.mp4").symlink_to(outside)
+    (root / "link_in.mp4").symlink_to(root / "-rf.mp4")
+    (root / "loop.mp4").symlink_to(root / "loop.mp4")
+    os.mkfifo(root / "pipe.mp4")
+    return root, scripts
+
+
+def words(stage: str, work: Path, films: Path, url: str) -> list[str]:
+    asking = ["--endpoint", url, "--model", "scripted", "--timeout_s", "20", "--backoff_s", "0.01", "--concurrency", "4"]
+    flags = {
+        "segment": ["--videos", films, "--boundaries", "shots", "--num_workers", 2],
+        "caption": [*asking, "--num_frames", 4, "--image_size", 96],
+        "summarize": [*asking, "--price_prompt", "2", "--price_completion", "10"],
+        "qa": asking,
+        "filter": [],
+        "export": ["--questions", "each"],
+        "stats": [],
+    }
+    return [stage, "--work", str(work), *map(str, flags[stage])]
+
+
+def build(work: Path, films: Path, url: str, stages=STAGES) -> None:
+    for stage in stages:
+        assert TOOL.main(words(stage, work, films, url)) == 0, stage
+
+
+@pytest.fixture(scope="module")
+def built(films, tmp_path_factory) -> tuple[Path, dict]:
+    work = tmp_path_factory.mktemp("built") / "work"
+    with ScriptedServer() as server:
+        build(work, films[0], server.url)
+        counts = {"requests": len(server.requests), "different": len(set(server.requests))}
+        build(work, films[0], server.url)  # idempotent
+        assert len(server.requests) == counts["requests"]
+    return work, counts
+
+
+def test_videos_and_rejects(films, built):
+    root, scripts = films
+    videos = read_lines(built[0] / "segment.jsonl")
+    rejects = {row["video"]: row["reason"] for row in read_lines(built[0] / "segment.rejects.jsonl")}
+    assert {video["video"] for video in videos} == set(scripts)
+    assert set(rejects) == {"copy.mp4", "notes.txt", "cut.mp4", "link_out.mp4", "link_in.mp4", "loop.mp4", "pipe.mp4"}
+    assert "leads out" in rejects["link_out.mp4"] and "the same bytes as" in rejects["copy.mp4"] and "plain file" in rejects["pipe.mp4"]
+    for video in videos:
+        scenes = scripts[video["video"]]
+        assert video["duration_s"] == pytest.approx(sum(scene.duration_s for scene in scenes), abs=0.01)
+        clips = video["clips"]
+        assert clips[0]["start_s"] == 0 and clips[-1]["end_s"] == video["duration_s"]
+        assert [clip["first_frame"] for clip in clips[1:]] == [clip["last_frame"] + 1 for clip in clips[:-1]]
+        assert clips[0]["first_frame"] == 0 and clips[-1]["last_frame"] == video["num_frames"] - 1
+        assert video["num_shots"] == len(scenes)  # the library found every cut and no other
+        edges = {round(sum(scene.duration_s for scene in scenes[:number]), 3) for number in range(len(scenes))}
+        assert all(clip["start_s"] in edges for clip in clips if len(colours_between(scenes, clip["start_s"], clip["end_s"])) > 1)
+
+
+def test_every_caption_is_true_and_says_how_it_was_made(films, built):
+    root, scripts = films
+    captions = read_lines(built[0] / "caption.jsonl")
+    assert len(captions) == sum(len(video["clips"]) for video in read_lines(built[0] / "segment.jsonl"))
+    digests = {video["video"]: video["sha256"] for video in read_lines(built[0] / "segment.jsonl")}
+    prompt = hashlib.sha256((ROOT / "tools" / "prompts" / "caption_v1.md").read_bytes()).hexdigest()
+    for clip in captions:
+        told = re.search(r"screen is ([a-z ]+) while", clip["caption"])[1].split(" and then ")
+        true = colours_between(scripts[clip["video"]], clip["start_s"], clip["end_s"])
+        assert told == true or (len(true) > 4 and set(told) < set(true)), (clip, true)
+        assert clip["video_sha256"] == digests[clip["video"]] and len(clip["frames"]) == 4
+        origin = clip["origin"]
+        assert origin["prompt_sha256"] == prompt and origin["prompt"] == "caption_v1" and origin["model"] == "scripted"
+        assert origin["sampling"] == {"temperature": 0.2, "top_p": 0.6, "max_tokens": 1024, "seed": 0}
+
+
+def test_every_accepted_question_is_true_of_the_pixels(films, built):
+    """Seen from the exported rows and the films alone, by other code than that which made the answers."""
+    root, scripts = films
+    rows = read_lines(built[0] / "export.jsonl")
+    checked = Counter()
+    for row in rows:
+        parse_row(row)  # preprocess_video takes it
+        answer = row["conversations"][1]["value"]
+        if not row["evidence"]:
+            order = [scene.colour for scene in scripts[row["video"]]]
+            told = re.search(r"in this order: (.*)\.", answer)[1].split(", then ")
+            assert told == order
+            checked["summary"] += 1
+            continue
+        (evidence,) = row["evidence"]
+        with VideoStream(root / row["video"], Deadline(60), DEFAULT_LIMITS) as stream:
+            frame = int(stream.times_s().searchsorted(evidence["start_s"] - 1e-6))
+            seen = read_colour(Image.fromarray(stream.read([frame], stream.to_rgb)[frame]))
+        assert answer == (seen.capitalize() if evidence["type"] == "Attribute" else COLOURS[seen][1])
+        checked[evidence["type"]] += 1
+    clips = len(read_lines(built[0] / "caption.jsonl"))
+    assert checked["summary"] == len(scripts) and checked["Attribute"] + checked["OCR"] == clips
+
+
+def test_every_rule_refuses_what_was_planted_and_nothing_else(films, built):
+    report = json.loads((built[0] / "filter.report.json").read_text())
+    planted = {"format": 2, "refusal": 1, "marks": 1, "about_the_text": 1, "length": 1, "language": 1, "span": 1, "leak": 1, "duplicate": 1}
+    number = len(films[1])
+    clips = len(read_lines(built[0] / "caption.jsonl"))
+    assert report["questions"] == {"kept": clips, "near_duplicate": 0, **{rule: count * number for rule, count in planted.items()}}
+    assert report["summaries"]["kept"] == number and sum(report["summaries"].values()) == number
+    assert len(read_lines(built[0] / "filter.rejects.jsonl")) == 10 * number
+
+
+def test_costs_and_statistics(films, built):
+    stats = json.loads((built[0] / "stats.json").read_text())
+    assert stats["videos"] == len(films[1]) and stats["domains"]["Film"] == len(films[1]) and len(stats["domains"]) == 12
+    assert set(stats["question_types"]) == {"Spatial", "Attribute", "Action", "Object", "OCR", "Synopsis", "Temporal"}
+    assert stats["hours"] == pytest.approx(sum(scene.duration_s for scenes in films[1].values() for scene in scenes) / 3600, abs=1e-3)
+    usage = stats["stages"]["summarize"]["usage"]
+    assert usage["answers"] == len(films[1]) and usage["completion_tokens"] == 7 * usage["answers"]
+    assert stats["stages"]["summarize"]["dollars"] == pytest.approx((2 * usage["prompt_tokens"] + 10 * usage["completion_tokens"]) / 1e6)
+    assert built[1]["requests"] == built[1]["different"] == sum(stats["stages"][stage]["usage"]["answers"] for stage in stats["stages"])
+    with Image.open(built[0] / "stats.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 20
+
+
+def test_renamed_videos_are_not_asked_about_again(films, built, tmp_path):
+    root = tmp_path / "moved"
+    root.mkdir()
+    for number, name in enumerate(sorted(films[1])):
+        shutil.copy(films[0] / name, root / f"{number}.mp4")
+    work = tmp_path / "work"
+    shutil.copytree(built[0], work)
+    with ScriptedServer() as server:
+        build(work, root, server.url, STAGES[:4])
+        assert server.requests == []
+    assert {row["video"] for row in read_lines(work / "qa.jsonl")} == {f"{number}.mp4" for number in range(len(films[1]))}
+
+
+def test_the_key_is_sent_and_written_nowhere(films, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MY_KEY", KEY)
+    videos = tmp_path / "videos"
+    make_film(videos / "a.mp4", [Scene("red", 10), Scene("blue", 10)])
+    with ScriptedServer(fault=lambda digest, seen: "429" if not seen else None) as server:
+        for stage in STAGES:
+            flags = ["--key_env", "MY_KEY"] if stage in ("caption", "summarize", "qa") else []
+            assert TOOL.main([*words(stage, tmp_path / "work", videos, server.url), *flags]) == 0
+        assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+    with ScriptedServer(fault=lambda digest, seen: "401") as server:
+        flags = ["--key_env", "MY_KEY", "--seed", "1"]
+        assert TOOL.main([*words("caption", tmp_path / "work", videos, server.url), *flags]) == 3
+    output = capfd.readouterr()
+    assert "HTTP 401" in output.err and KEY not in output.err + output.out
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert KEY.encode() not in path.read_bytes(), path
+
+
+# ------------------------------------------------------------------------------------------------ kill -9
+
+
+def stored_requests(work: Path, server: ScriptedServer) -> set[str]:
+    """Digests of the requests whose answers stand in the store, by the numbers the server gave its answers."""
+    numbers = set()
+    for path in (work / "answers").glob("*.jsonl"):
+        if path.name in ("caption.jsonl", "summarize.jsonl", "qa.jsonl"):
+            lines = path.read_bytes().split(b"\n")[:-1]
+            numbers |= {json.loads(line)["answer"]["usage"]["prompt_tokens"] for line in lines}
+    return {server.served[number] for number in numbers}
+
+
+def run_and_kill(line: list[str], server: ScriptedServer, after_requests: int, after_s: float) -> tuple[int, str]:
+    """Run a command; kill -9 once the server has seen so many requests of it, or after so many seconds. Returns (exit code, errors)."""
+    seen, end = len(server.requests), time.monotonic() + after_s
+    with subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while process.poll() is None:
+            if len(server.requests) - seen >= after_requests or time.monotonic() > end:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.002)
+        return process.wait(), process.stderr.read().decode()
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_9_at_random_points_gives_the_same_dataset_and_repeats_no_stored_answer(films, built, tmp_path, seed):
+    draw = random.Random(seed)
+    work, kills = tmp_path / "work", Counter()
+    with ScriptedServer(delay_s=0.03) as server:
+        for stage in STAGES:
+            line = [sys.executable, str(ROOT / "tools" / "build_long_video_sft.py"), *words(stage, work, films[0], server.url)]
+            asks = stage in ("caption", "summarize", "qa")
+            for attempt in range(4):
+                before = stored_requests(work, server) if work.is_dir() else set()
+                seen = len(server.requests)
+                after = (1 << 30, 120.0) if attempt == 3 else (draw.randint(1, 6), 60.0) if asks else (1, draw.uniform(0.3, 3.0))
+                code, errors = run_and_kill(line, server, *after)
+                kills[stage] += code == -signal.SIGKILL
+                assert not before & set(server.requests[seen:]), "a stored answer was asked for again"
+                if code == 0:
+                    break
+                assert code == -signal.SIGKILL, errors
+            assert code == 0
+        assert kills["caption"] == 3 and kills["summarize"] and kills["qa"] and kills["segment"]
+        lost = len(server.requests) - built[1]["different"]  # asked, but killed before the answer was stored
+        assert 0 < lost <= 4 * kills.total() and len(set(server.requests)) == built[1]["different"]
+    for name in FILES:
+        assert (work / name).read_bytes() == (built[0] / name).read_bytes(), name
+
+
+def test_a_store_cut_anywhere_gives_the_same_dataset(films, built, tmp_path):
+    """What a kill leaves behind, without waiting for one: the logs cut in the middle of a line, stage files half-written or missing."""
+    draw = random.Random(0)
+    for trial in range(4):
+        work = tmp_path / f"work{trial}"
+        shutil.copytree(built[0], work)
+        lost = 0
+        for stage in ("caption", "summarize", "qa"):
+            path = work / "answers" / f"{stage}.jsonl"
+            data = path.read_bytes()
+            path.write_bytes(data[: draw.randrange(len(data))])
+            lost += data.count(b"\n") - path.read_bytes().count(b"\n")
+        for path in sorted(work.glob("*.json*")):
+            if draw.random() < 0.3:
+                path.unlink()
+            elif draw.random() < 0.3:
+                path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size + 1)]) if path.suffix == ".jsonl" else None
+        (work / "caption.jsonl.tmp").write_bytes(b"half a li")
+        with ScriptedServer() as server:
+            build(work, films[0], server.url)
+            assert len(server.requests) == lost
+        for name in FILES:
+            assert (work / name).read_bytes() == (built[0] / name).read_bytes(), name
+
+
+# ------------------------------------------------------------------------------------------------ the rest of the tool
+
+
+def test_the_rows_become_a_dataset(films, built, tmp_path):
+    code, text = preprocess(built[0] / "export.jsonl", films[0], tmp_path / "dataset")
+    assert code == 0, text
+    report = json.loads((tmp_path / "dataset" / "report.json").read_text())
+    assert report["rejected"] == 0 and report["accepted"] == len(read_lines(built[0] / "export.jsonl"))
+
+
+def test_an_open_stage_says_so_and_the_next_one_does_not_run(films, tmp_path, capsys):
+    root = tmp_path / "videos"
+    make_film(root / "a.mp4", [Scene("red", 30)])
+    work = tmp_path / "work"
+    with ScriptedServer(fault=lambda digest, seen: "500") as server:
+        build(work, root, server.url, ["segment"])
+        assert TOOL.main([*words("caption", work, root, server.url), "--max_tries", "2"]) == 3
+        assert "3 of 3 questions got no answer" in capsys.readouterr().err
+        assert TOOL.main(words("summarize", work, root, server.url)) == 1
+        assert "`caption` has not finished" in capsys.readouterr().err
+    with ScriptedServer() as server:
+        build(work, root, server.url, ["caption", "summarize"])
+        make_film(root / "b.mp4", [Scene("blue", 10)])
+        build(work, root, server.url, ["segment"])
+        assert TOOL.main(words("qa", work, root, server.url)) == 1
+        assert "segment.jsonl has changed since `caption` ran" in capsys.readouterr().err
+        before = len(server.requests)
+        build(work, root, server.url)
+        assert len(server.requests) == before + 1 + 1 + 2  # the new clip, the new summary, questions of both
+
+
+def test_images_get_captions_and_keep_their_ids(tmp_path, capsys):
+    root = tmp_path / "images"
+    root.mkdir()
+    for number, name in enumerate(["a b.png", "z.jpg", "\u732b.png"]):
+        (root / name).write_bytes(image_bytes(number))
+    (root / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (root / "same.png").write_bytes(image_bytes(0))
+    (root / "out.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "secret.png").write_bytes(image_bytes(9))
+    command = ["caption", "--work", tmp_path / "work", "--model", "m", "--endpoint"]
+    with ScriptedServer(lambda system, text, pictures: "A grid of black and white cells.") as server:
+        words = [*map(str, command), server.url, "--images", str(root), "--concurrency", "2"]
+        assert TOOL.main(words) == 0 and TOOL.main(words) == 0
+        assert len(server.requests) == 3  # two of the pictures are the same
+        rows = read_lines(tmp_path / "work" / "images.jsonl")
+        assert [row["id"] for row in rows] == ["a b.png", "same.png", "z.jpg", "\u732b.png"]
+        assert all(row["conversations"][1]["value"] == "A grid of black and white cells." for row in rows)
+        assert {row["item"]: row["reason"] for row in read_lines(tmp_path / "work" / "images.rejects.jsonl")}.keys() == {
+            "bad.png",
+            "out.png",
+        }
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Old"}]
+        names = ["z.jpg", "../secret.png", "missing.png", "a b.png"]
+        old = [{"id": f"row-{number}", "image": name, "conversations": turns} for number, name in enumerate(names)]
+        old += [{**old[0], "image": "a b.png"}, {"id": "t", "conversations": [{**turns[0], "value": "a"}, turns[1]]}]
+        (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old) + "{broken\n")
+        words = [*map(str, command), server.url, "--images", str(tmp_path / "old.jsonl"), "--media_root", str(root)]
+        assert TOOL.main(words) == 0 and len(server.requests) == 3
+        written = read_lines(tmp_path / "work" / "images.jsonl")
+        assert [(row["id"], row["image"]) for row in written] == [("row-0", "z.jpg"), ("row-3", "a b.png")]
+        reasons = [row["reason"] for row in read_lines(tmp_path / "work" / "images.rejects.jsonl")]
+        expected = ["leads out", "is not in", "used before", "one image", "not JSON"]
+        assert len(reasons) == 5 and all(word in reason for word, reason in zip(expected, reasons, strict=True))
+    code, text = preprocess(tmp_path / "work" / "images.jsonl", root, tmp_path / "dataset")
+    assert code == 0, text
+
+
+def test_wrong_usage(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        TOOL.main(["caption", "--work", str(tmp_path)])
+    assert error.value.code == 2
+    assert TOOL.main(["segment", "--work", str(tmp_path / "w"), "--videos", str(tmp_path / "nowhere")]) == 1
+    assert "is not a folder" in capsys.readouterr().err
+    prompt = tmp_path / "p.md"
+    prompt.write_text("## system\n## user\n{{secret}}")
+    words = ["caption", "--work", str(tmp_path / "w"), "--endpoint", "http://h/v1", "--model", "m", "--prompt", str(prompt)]
+    assert TOOL.main(words) == 1 and "asks for ['secret']" in capsys.readouterr().err
