@@ -393,6 +393,6 @@ def _whole(value: Any, what: str, least: int = 1) -> int:
 
 
 def _number(value: Any, what: str) -> Fraction:
-    if isinstance(value, int | float) and not isinstance(value, bool) and _NUMBER.fullmatch(str(value)) and value > 0:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
         return Fraction(str(value))  # 0.1 is one tenth, not the float next to it
     raise ValueError(f"{what} must be a number above 0, not {value!r}")

@@ -1,6 +1,7 @@
 """The mixture language: expressions by hand, exact quotas, limits, nesting, and mistakes that are refused by name."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_weights_repeat_samples_and_equal_parts_add_up(tmp_path):
 def test_shares_sizes_and_limits(tmp_path):
     found = registry(
         tmp_path,
-        "  shares: {weights: {a: 3, b: 1}, size: 1000}\n"
+        "  shares: {weights: {a: 3.0e-5, b: 1.0e-5}, size: 1000}\n"
         "  own_size: {weights: {a: 0.5, b: 0.5}}\n"
         "  sized: {mix: a + b, size: 320}\n"
         "  capped: {mix: a + 2*b, limit: 110}\n"
@@ -182,3 +183,13 @@ def test_mistakes_in_the_file_are_refused(tmp_path, text, message):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="data.registry=.*cannot be read"):
         load_registry(tmp_path / "none.yaml")
+
+
+def test_the_example_resolves():
+    found = load_registry(Path(__file__).parents[2] / "examples" / "mixtures" / "longvila.yaml")
+    for stage in ("trial", "full"):
+        for name in found.mixtures:
+            samples = found.resolve(name, stage, lambda dataset, subset: 700_000)
+            assert samples and (stage == "full" or name not in ("short_sft", "long_sft") or sum(samples.values()) in (500, 2000))
+    shown = found.resolve("short_sft", "full", lambda dataset, subset: 700_000)
+    assert sum(shown.values()) == 600_000 and next(iter(shown.values())) == 360_000

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from programs import ROOT, load_script
 from tiny_datasets import tiny_config
 
 from megatron_longvila.config_check import check_inputs
@@ -137,6 +138,18 @@ def test_a_list_of_ids_that_changed_is_a_changed_mixture(folder, sentencepiece_f
     (folder / "ids.txt").write_text("c-1\nc-2\n")
     with pytest.raises(ValueError, match="samples [0-9a-f]{8}.*in the checkpoint"):
         loader(folder, sentencepiece_file, "m", registry).load_state_dict(state)
+
+
+def test_show_mixture_prints_what_is_drawn(folder, capsys):
+    tool = load_script(ROOT / "tools" / "show_mixture.py")
+    registry = write(folder, "  m: 2*a + 0.5*b\n")
+    assert tool.main([registry, "m + c@three"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:] == [
+        ["a", "10", "20", "76.9%", "2", "x"], ["b", "6", "3", "11.5%", "0.5", "x"], ["c@three", "3", "3", "11.5%", "1", "x"],
+        ["together", "19", "26"],
+    ]  # fmt: skip
+    assert tool.main([registry, "m + d"]) == 1 and "there is no 'd'" in capsys.readouterr().err
 
 
 def test_what_changes_nothing_may_change(folder, sentencepiece_file):
