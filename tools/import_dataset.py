@@ -31,7 +31,8 @@ checked as preprocess_video checks it. A row that says and shows the same as an 
 an id that is taken is called ID-2, ID-3, ... and keeps the first id as `origin`.
 
 The command can be stopped or killed at any time: the same command goes on where it was, and does nothing once all is done. (Where media
-were missing it looks again.) Files are read one record at a time, whatever their size; only the ids are kept in memory.
+were missing it looks again.) Files are read one record at a time, whatever their size; only digests of ids and rows stay
+in memory, about 180 bytes a row.
 """
 EPILOG = "Exit status: 0 done, 1 no row was written or the run failed, 2 wrong usage."
 

@@ -3,11 +3,13 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from tiny_datasets import FRAMES, SHAPES, TinyDataset, tiny_config
 
 from megatron_longvila.data.loader import Loader, Place
+from megatron_longvila.data.mixture import Mixture, Part
 from megatron_longvila.data.text import load_tokenizer
 from megatron_longvila.parallel.plan import IGNORE_INDEX
 from ranks import run_ranks
@@ -104,3 +106,40 @@ def _ranks_fail(rank: int, tokenizer_path) -> str:
 def test_all_ranks_stop_together(sentencepiece_file):
     messages = run_ranks(_ranks_fail, 4, sentencepiece_file, timeout_s=60)
     assert len(set(messages)) == 1 and messages[0].startswith("1 of 12 samples had to be skipped") and "sample-7" in messages[0]
+
+
+def _mixture() -> Mixture:
+    """Every second sample three times an epoch, so that one step may hold a sample twice, and a part of the rest; sample 3 never."""
+    return Mixture([Part("even", np.arange(0, 12, 2), 18), Part("odd", np.array([1, 5, 7, 9, 11]), 2, seed=5)])
+
+
+def _ranks_mix(rank: int, tokenizer_path, folder) -> dict:
+    import torch.distributed as dist
+
+    from megatron_longvila.mesh import Mesh
+    from megatron_longvila.parallel.groups import destroy_groups, initialize_groups
+
+    groups = initialize_groups(Mesh(dist.get_world_size(), 1, 1, 2, 1), timeout_s=60)
+    dataset = TinyDataset(SHAPES, folder / "dataset")
+    dataset.broken.add(dataset.medium_of(10))
+    place = Place.of(groups, sequence_parallel=False)
+    loader = Loader(
+        tiny_config(epochs=3, global_batch_size=4), place, [dataset], load_tokenizer(tokenizer_path), mixture=_mixture(), cache_dir=folder
+    )
+    seen = {"ids": [[(b.sample_ids, b.skipped) for b in step] for step in loader], "state": loader.state_dict(), "dp": place.dp_rank}
+    destroy_groups()
+    return seen
+
+
+def test_ranks_agree_on_a_mixture(sentencepiece_file, tmp_path):
+    (tmp_path / "dataset").mkdir()
+    broken = TinyDataset(SHAPES)
+    broken.broken.add(broken.medium_of(10))
+    alone = Loader(tiny_config(epochs=3, global_batch_size=4), Place(), [broken], load_tokenizer(sentencepiece_file), mixture=_mixture())
+    expected = [[(b.sample_ids, b.skipped) for b in step] for step in alone]
+    shown = Counter(name for step in expected for ids, _ in step for name in ids)
+    assert all(shown[f"sample-{number}"] == 9 for number in range(0, 12, 2)) and sum(shown.values()) == 60 and "sample-3" not in shown
+    for _ in range(2):  # measured by the ranks in shares, then from the cache
+        seen = run_ranks(_ranks_mix, 4, sentencepiece_file, tmp_path, timeout_s=60)
+        assert all(one["state"] == alone.state_dict() for one in seen)
+        assert all(one["ids"] == [step[one["dp"] :: 2] for step in expected] for one in seen)
