@@ -124,7 +124,7 @@ class ScriptedServer:
         ).encode()
 
     def _fail(self, handler: BaseHTTPRequestHandler, fault: str) -> None:
-        whole = self._completion({"messages": [{"role": "user", "content": "nothing"}]}, 0) if fault in ("drip", "cut_json") else b""
+        whole = json.dumps({"choices": [{"message": {"content": "never to be seen " * 9}, "finish_reason": "stop"}]}).encode()
         key = handler.headers.get("Authorization", "")
         if fault.isdigit():
             self._send(handler, int(fault), json.dumps({"error": {"message": f"no: {key}"}}).encode(), {"Retry-After": "0"})

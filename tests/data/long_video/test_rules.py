@@ -58,7 +58,7 @@ def test_frames_of_a_clip():
     for count in range(1, 60):
         for wanted in range(1, 12):
             frames = clip_frames(10, 9 + count, wanted)
-            assert len(frames) == min(count, wanted) == len(set(frames)) and 10 <= frames[0] and frames[-1] <= 9 + count
+            assert len(frames) == min(count, wanted) == len(set(frames)) and frames[0] >= 10 and frames[-1] <= 9 + count
 
 
 def test_prompts_in_the_repository_load_and_say_what_is_asked():
