@@ -43,6 +43,7 @@ setup(
             "scenedetect-headless>=0.7,<0.8",
             "pyarrow",
             "tensorboard",
+            "transformers[serving]>=5,<6",  # a real server to ask
             "triton; platform_system == 'Linux'",
         ],
     },

@@ -46,7 +46,6 @@ def transformers_serve(model: Path) -> Iterator[str]:
 
 @pytest.mark.end_to_end
 def test_a_random_model_behind_transformers_serve(tmp_path, capsys):
-    pytest.importorskip("fastapi")
     tool = load_script(ROOT / "tools" / "build_long_video_sft.py")
     model = save_llm(tmp_path / "model")
     (model / "chat_template.jinja").write_text(TEMPLATE)
