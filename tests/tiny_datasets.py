@@ -71,6 +71,9 @@ class TinyDataset:
         frames = [b"no picture" if (media.sha256, number) in self.bad_frames else frame for number, frame in enumerate(good)]
         return frames[0] if media.kind == "image" else frames
 
+    def timeline(self, media: Media) -> bytes:
+        return b""
+
 
 def tiny_config(**data) -> Config:
     """One visual token per frame; `data` overrides fields of DataConfig, VideoConfig and TrainingConfig by their names."""

@@ -296,6 +296,7 @@ class Loader:
                     on_bad_frame=video.on_bad_frame,
                     siblings=selected,
                     limits=dataset.limits,
+                    timeline=dataset.timeline(media),
                 )
             except (MediaError, OSError) as error:
                 prepared.reasons[share.place] = f"medium {media.sha256[:16]} {error}"

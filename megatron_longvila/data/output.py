@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -35,10 +36,11 @@ class PreprocessError(RuntimeError):
 
 @dataclass(frozen=True)
 class Stored:
-    """A medium of the dataset and the files its bytes come from (one, or one per frame)."""
+    """A medium of the dataset, the files its bytes come from (one, or one per frame), and its packed timeline."""
 
     media: Media
     members: tuple[Member, ...]
+    timeline: bytes = b""
 
     @property
     def num_bytes(self) -> int:
@@ -146,12 +148,13 @@ def write_dataset(
         for task in progress(_write_shards(todo, num_workers), len(todo), "shard"):
             name = Path(task.path).name
             journal.append(name, {"signature": signatures[name], "size": Path(task.path).stat().st_size})
-    placed = _place(output, media, list(tasks))
+    placed = _place_timelines(media, _place(output, media, list(tasks)))
     sample_bytes, media_bytes = b"".join(samples), "".join(media_line(one) + "\n" for one in placed).encode()
     header = {**header, "num_samples": len(samples), "num_media": len(placed), "hash": dataset_hash(sample_bytes, placed)}
     header_bytes = json.dumps(header, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
     report_bytes = json.dumps(report, indent=1, ensure_ascii=True).encode() + b"\n"
-    index = {"samples.jsonl": sample_bytes, "media.jsonl": media_bytes, "dataset.json": header_bytes}
+    timeline_bytes = b"".join(one.timeline for one in media)
+    index = {"timelines.bin": timeline_bytes, "samples.jsonl": sample_bytes, "media.jsonl": media_bytes, "dataset.json": header_bytes}
     if any(not (output / name).is_file() or (output / name).read_bytes() != data for name, data in index.items()):
         (output / "dataset.json").unlink(missing_ok=True)  # samples and media never stand under another run's header
     changed |= write_atomically(output / "report.json", report_bytes)
@@ -189,7 +192,7 @@ def _shard_tasks(output: Path, media: list[Stored]) -> tuple[dict[str, ShardTask
 
 def _description(media: Media) -> str:
     """The JSON beside a medium in its shard: its facts, without where it is."""
-    return media_line(replace(media, shard="", members=(), path="", offset=0))
+    return media_line(replace(media, shard="", members=(), timeline=(), path="", offset=0))
 
 
 def _is_written(path: Path, entry: object, signature: str) -> bool:
@@ -208,3 +211,12 @@ def _place(output: Path, media: list[Stored], shards: list[str]) -> list[Media]:
         where = {"members": places} if one.media.kind == "frames" else {"offset": places[0][0]}
         placed.append(replace(one.media, **where))
     return placed
+
+
+def _place_timelines(media: list[Stored], placed: list[Media]) -> list[Media]:
+    """The media with the place of their timelines, which follow each other in order."""
+    ends = list(itertools.accumulate(len(one.timeline) for one in media))
+    return [
+        replace(where, timeline=(end - len(one.timeline), len(one.timeline))) if one.timeline else where
+        for one, where, end in zip(media, placed, ends, strict=True)
+    ]

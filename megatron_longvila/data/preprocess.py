@@ -7,6 +7,7 @@ What is written depends on the input alone, not on the number of workers, the or
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 from contextlib import nullcontext
@@ -178,7 +179,9 @@ def look(task: _LookTask) -> dict:
     sha256 = members[0][0]
     if facts.kind == "frames":  # the rate belongs to the identity: the same pictures at another rate are another video
         sha256 = hashlib.sha256("\n".join([f"frames {facts.fps!r}", *(member[0] for member in members)]).encode()).hexdigest()
-    return {"sha256": sha256, "facts": asdict(facts), "members": members}
+    described = asdict(facts)
+    timeline = base64.b64encode(described.pop("timeline")).decode()
+    return {"sha256": sha256, "facts": described, "members": members, "timeline": timeline}
 
 
 def _hash_file(path: str, limits: MediaLimits) -> tuple[str, int, str]:
@@ -254,4 +257,8 @@ def _store(file: _File, answer: dict) -> Stored:
         Member(f"{answer['sha256']}.{number:06d}.{extension}" if is_folder else f"{answer['sha256']}.{extension}", sha256, size, path)
         for number, (sha256, size, path) in enumerate(answer["members"])
     )
-    return Stored(Media(answer["sha256"], **facts, size=sum(member.size for member in members), path=file.path), members)
+    return Stored(
+        Media(answer["sha256"], **facts, size=sum(member.size for member in members), path=file.path),
+        members,
+        base64.b64decode(answer.get("timeline", "")),
+    )

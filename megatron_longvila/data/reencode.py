@@ -130,7 +130,7 @@ def _scaled(width: int, height: int, wanted_height: int) -> tuple[int, int]:
 
 def _is_as_wanted(stream: VideoStream, times: np.ndarray, rate: Fraction, settings: Settings, height: int) -> bool:
     timeline = stream.timeline
-    if stream.codec != "h264" or not stream.is_upright or stream.extension != "mp4" or height > settings.height or not timeline.packets:
+    if stream.codec != "h264" or not stream.is_upright or stream.extension != "mp4" or height > settings.height or not len(timeline.pts_P):
         return False
     keys = np.unique(timeline.key_position_F)
     key_times = times[np.isin(timeline.position_F, keys)]

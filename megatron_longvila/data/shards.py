@@ -4,6 +4,7 @@ DIR/dataset.json   {"version", "store", "media_root", "limits", "num_samples", "
                    unfinished
 DIR/samples.jsonl  {"id", "conversations": [{"from": "human"|"gpt"|"system", "value"}], "media": [sha256 of each mark in order]}
 DIR/media.jsonl    the fields of Media, one medium a line, each stored once whatever the number of samples that show it
+DIR/timelines.bin  packed packet lists of the videos, one after the other (timeline.py): frames are found without demuxing the whole file
 DIR/shards/        webdataset tars: <sha256>.<extension> + <sha256>.json; frames of a folder are <sha256>.000000.jpg, ...
 
 Marks are `<video>` and `<image>` in human turns, in order; the same words in any other turn are plain text.
@@ -48,6 +49,7 @@ class Media:
         offset: first byte in the shard, and `size` bytes (of the file itself when referred to).
         members: (offset, size) of each picture of `frames` in the shard.
         path: below the media root.
+        timeline: (offset, size) in DIR/timelines.bin; empty where there is none.
     """
 
     sha256: str
@@ -64,9 +66,10 @@ class Media:
     size: int = 0
     members: tuple[tuple[int, int], ...] = ()
     path: str = ""
+    timeline: tuple[int, int] | tuple[()] = ()
 
 
-_PLACE = ("shard", "offset", "size", "members", "path")
+_PLACE = ("shard", "offset", "size", "members", "path", "timeline")
 _FACTS = tuple(field.name for field in fields(Media) if field.name not in _PLACE)
 
 
@@ -173,6 +176,21 @@ class Dataset:
             raise MediaError(f"{media.path!r} has {size} bytes, {media.size} when it was preprocessed; {_REBUILD}")
         return path
 
+    def timeline(self, media: Media) -> bytes:
+        """What `decode_frames` takes as `timeline`; empty where none is stored. Raises MediaError when the file that holds it is cut."""
+        if not media.timeline:
+            return b""
+        path, (offset, size) = self.path / "timelines.bin", media.timeline
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except OSError as error:
+            raise MediaError(f"{path} cannot be read: {error.strerror}; {_REBUILD}") from None
+        if len(data) < size:
+            raise MediaError(f"{path} is cut: {offset + len(data)} bytes, {offset + size} needed; delete it and {_REBUILD}")
+        return data
+
     def _read_shard(self, media: Media) -> Source:
         shard = self.path / "shards" / media.shard
         end = max((offset + size for offset, size in media.members), default=media.offset + media.size)
@@ -246,6 +264,9 @@ def _parse_media(line: bytes, path: Path, number: int) -> Media:
         record = json.loads(line)
         if "members" in record:
             record["members"] = tuple((offset, size) for offset, size in record["members"])
+        if "timeline" in record:
+            offset, size = record["timeline"]
+            record["timeline"] = (offset, size)
         return Media(**record)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}:{number}: not a medium ({type(error).__name__}: {error}); {_REBUILD}") from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, MediaUnreadable, open_source, sniff
+from megatron_longvila.data.timeline import Timeline, counted, from_packets
 
 # Read ahead of the demuxer: fewer calls into Python per hour of video (PyAV's default is 32 KiB), little waste per seek.
 _BUFFER_BYTES = 1 << 18
@@ -33,43 +34,19 @@ _ORIENTATIONS = {  # signs of the display matrix (a, b, c, d): x' = a x + c y, y
 }
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """The frames of a stream in presentation order.
-
-    Attributes:
-        pts_F: int64 time stamp of each frame in the stream's time base.
-        position_F: int64 packet position of each frame.
-        key_position_F: int64 position of the keyframe from which the frame decodes exactly. A leading picture (shown before the
-            keyframe that precedes it in the file, open groups of pictures) belongs to the keyframe before that one.
-        packets: position by pts of every packet; empty when stamps are missing or repeat: frames are then counted while decoding.
-        key_stamps: (pts, dts) by position of every keyframe.
-        duration_s: from the first stamp to the end of the last frame.
-    """
-
-    pts_F: np.ndarray
-    position_F: np.ndarray
-    key_position_F: np.ndarray
-    packets: dict[int, int]
-    key_stamps: dict[int, tuple[int, int]]
-    duration_s: float
-
-    @property
-    def num_frames(self) -> int:
-        return len(self.pts_F)
-
-
 class VideoStream:
     """The video track of a container, opened over any source. Close it, or use it as a context manager.
+
+    `timeline` is that of an earlier visit: without it, the first look at any frame demuxes the whole file.
 
     Raises MediaError when the container has no video track, is damaged beyond opening, or is past a limit.
     """
 
-    def __init__(self, source, deadline: Deadline, limits: MediaLimits):
+    def __init__(self, source, deadline: Deadline, limits: MediaLimits, timeline: Timeline | None = None):
         self._deadline, self._limits = deadline, limits
         self._file = open_source(source, limits)
         self._container = None
-        self._timeline: Timeline | None = None
+        self._timeline = timeline
         self._transpose: Image.Transpose | None = None
         self.rotation = 0
         try:
@@ -96,7 +73,7 @@ class VideoStream:
 
     @property
     def timeline(self) -> Timeline:
-        """Made at the first use by demuxing every packet once (reading the file, decoding nothing)."""
+        """Unless it was given, made at the first use by demuxing every packet once (reading the file, decoding nothing)."""
         if self._timeline is None:
             self._timeline = self._scan()
         return self._timeline
@@ -104,7 +81,7 @@ class VideoStream:
     def times_s(self) -> np.ndarray:
         """float64 [F]: when each frame is shown, in seconds from the first one."""
         timeline = self.timeline
-        if not timeline.packets:  # frames without usable stamps are shown at an even pace
+        if not len(timeline.pts_P):  # frames without usable stamps are shown at an even pace
             return np.arange(timeline.num_frames) * (timeline.duration_s / timeline.num_frames)
         return (timeline.pts_F - timeline.pts_F[0]) * float(self._stream.time_base)
 
@@ -143,7 +120,7 @@ class VideoStream:
         """(index, frame) of every frame that decodes without errors, in the order of presentation."""
         timeline = self.timeline
         numbers = {int(pts): index for index, pts in enumerate(timeline.pts_F)}
-        counts = not timeline.packets
+        counts = not len(timeline.pts_P)
         self._open()
         decoded = (frame for packet in self._packets_then_flush() for frame in self._decode(packet))
         for count, frame in enumerate(decoded):
@@ -153,7 +130,7 @@ class VideoStream:
 
     def read(self, indices: list[int], convert: Callable[[av.VideoFrame], object]) -> dict[int, object]:
         """`convert(frame)` of each sorted index; frames that do not decode, or only with errors, are missing from the result."""
-        if not self.timeline.packets:
+        if not len(self.timeline.pts_P):
             return self._read_counting(set(indices), convert)
         found = self._read_groups(indices, convert, earlier=0)
         missing = [index for index in indices if index not in found]
@@ -219,34 +196,25 @@ class VideoStream:
             yield packet
 
     def _scan(self) -> Timeline:
-        stamps, keys, shown = [], [], []
-        last_duration = 0
+        pts, shown, durations, key_stamps = [], [], [], {}
         for packet in self._packets():
-            stamps.append((packet.pts, packet.dts))
-            keys.append(packet.is_keyframe)
+            if packet.is_keyframe:
+                key_stamps[len(pts)] = (packet.pts, packet.dts)
+            pts.append(packet.pts)
+            durations.append(packet.duration)
             shown.append(not packet.is_discard)  # edit lists hide frames that only serve as references
-            if len(stamps) > self._limits.max_frames:
+            if len(pts) > self._limits.max_frames:
                 raise MediaError(f"has more than max_frames={self._limits.max_frames} frames")
-            if packet.pts is not None and packet.pts >= max((pts for pts, _ in stamps[-2:] if pts is not None), default=packet.pts):
-                last_duration = packet.duration or 0
-        if not stamps:
+        if not pts:
             raise MediaError("has a video track without a single packet")
-        packets = {pts: position for position, (pts, _) in enumerate(stamps)}
         # AVI has no presentation stamps: with B-frames its packets' times are those of other frames
-        if self.extension == "avi" or None in packets or len(packets) < len(stamps) or not any(keys):
+        if self.extension == "avi" or None in pts or len(set(pts)) < len(pts) or not key_stamps:
             return self._count_by_decoding()
-        key_stamps = {position: (stamps[position][0], stamps[position][1]) for position, is_key in enumerate(keys) if is_key}
-        rows, key_positions = [], sorted(key_stamps)
-        group = -1
-        for position, (pts, _) in enumerate(stamps):
-            group += position in key_stamps
-            owner = group if group >= 0 and pts >= key_stamps[key_positions[group]][0] else group - 1
-            if owner >= 0 and shown[position]:  # without a keyframe before it, a frame of a cut stream cannot be decoded
-                rows.append((pts, position, key_positions[owner]))
-        if not rows:
+        timeline = from_packets(np.array(pts, np.int64), np.array(shown), key_stamps, 0.0)
+        if not timeline.num_frames:
             raise MediaError("has a video track, but no frame that decodes on its own")
-        pts_F, position_F, key_position_F = np.array(sorted(rows), np.int64).T
-        return Timeline(pts_F, position_F, key_position_F, packets, key_stamps, self._duration_s(pts_F, last_duration))
+        last_duration = durations[int(timeline.position_F[-1])] or 0
+        return replace(timeline, duration_s=self._duration_s(timeline.pts_F, last_duration))
 
     def _duration_s(self, pts_F: np.ndarray, last_duration: int) -> float:
         if last_duration <= 0:
@@ -261,8 +229,7 @@ class VideoStream:
         if not frames:
             raise MediaError("has a video track, but no frame of it decodes")
         rate = self._stream.average_rate or Fraction(25)
-        none = np.full(len(frames), -1, np.int64)
-        return Timeline(np.arange(len(frames)), none, none, {}, {}, float(len(frames) / rate))
+        return counted(len(frames), float(len(frames) / rate))
 
     def _packets_then_flush(self) -> Iterator[av.Packet | None]:
         yield from self._packets()

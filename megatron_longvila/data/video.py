@@ -29,11 +29,13 @@ from megatron_longvila.data.media import (
     sniff,
 )
 from megatron_longvila.data.stream import VideoStream
+from megatron_longvila.data.timeline import pack, unpack
 
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """What the index says about a media file. `width` and `height` are upright (after `rotation`, clockwise degrees)."""
+    """What the index says about a media file. `width` and `height` are upright (after `rotation`, clockwise degrees); `timeline` is that of
+    a video, packed, empty where it has none worth keeping."""
 
     kind: str  # "video", "image" or "frames"
     num_frames: int
@@ -44,6 +46,7 @@ class MediaFacts:
     rotation: int
     codec: str
     extension: str
+    timeline: bytes = b""
 
 
 def select_frames(num_frames: int, duration_s: float, config: VideoConfig) -> list[int]:
@@ -103,9 +106,8 @@ def probe(source: Source, *, fps: float | None = None, timeout_s: float | None =
         timeline = stream.timeline
         width, height = stream.upright_size()
         rate = timeline.num_frames / timeline.duration_s
-        return MediaFacts(
-            "video", timeline.num_frames, timeline.duration_s, rate, width, height, stream.rotation, stream.codec, stream.extension
-        )
+        facts = (timeline.num_frames, timeline.duration_s, rate, width, height, stream.rotation, stream.codec, stream.extension)
+        return MediaFacts("video", *facts, timeline=pack(timeline))
 
 
 def decode_frames(
@@ -119,6 +121,7 @@ def decode_frames(
     on_bad_frame: str = "nearest",
     siblings: Sequence[int] | None = None,
     limits: MediaLimits = DEFAULT_LIMITS,
+    timeline: bytes = b"",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of the frames `indices` (any order, repeats allowed) of a video, image or list of frames.
 
@@ -131,6 +134,7 @@ def decode_frames(
             raise MediaError instead (the caller skips the sample or fails the run).
         siblings: all frames selected of this medium, when `indices` is only this rank's share: the replacement is then the same
             whatever the share is. Default: `indices`.
+        timeline: MediaFacts.timeline of this very file; without it the whole file is demuxed first.
 
     Returns:
         pixels_FSS3 uint8 in the order of `indices`, status_F uint8 (0 decoded, 1 replaced).
@@ -143,7 +147,7 @@ def decode_frames(
     if on_bad_frame not in ("nearest", "skip_sample", "fail"):
         raise ValueError(f"on_bad_frame={on_bad_frame!r} is not one of nearest, skip_sample, fail")
     source = _resolve(source)
-    reader = _Reader(source, image_size, preprocess, fast_resize, Deadline(timeout_s), limits)
+    reader = _Reader(source, image_size, preprocess, fast_resize, Deadline(timeout_s), limits, timeline)
     with reader:
         good = reader.read(sorted(set(indices)))
         bad = [index for index in dict.fromkeys(indices) if index not in good]
@@ -175,12 +179,15 @@ def _nearest(index: int, siblings: list[int], good: dict[int, np.ndarray], reade
 class _Reader:
     """Square pictures by frame index from any source; remembers which frames failed."""
 
-    def __init__(self, source, image_size: int, preprocess: str, fast_resize: bool, deadline: Deadline, limits: MediaLimits):
+    def __init__(
+        self, source, image_size: int, preprocess: str, fast_resize: bool, deadline: Deadline, limits: MediaLimits, timeline: bytes
+    ):
         self.bad: set[int] = set()
         self._size, self._preprocess, self._fast = image_size, preprocess, fast_resize
         self._deadline, self._limits = deadline, limits
         self._images = source if isinstance(source, list) else [source] if _is_image(source, limits) else None
-        self._stream = None if self._images is not None else VideoStream(source, deadline, limits)
+        known = unpack(timeline) if timeline else None
+        self._stream = None if self._images is not None else VideoStream(source, deadline, limits, known)
 
     def __enter__(self) -> _Reader:
         return self

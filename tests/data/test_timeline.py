@@ -1,0 +1,105 @@
+"""A stored timeline reads the same frames as the file itself, without going through the file, and damage to it is told."""
+
+import json
+
+import numpy as np
+import pytest
+from media import read_number, video_bytes
+
+from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline, MediaError
+from megatron_longvila.data.preprocess import Options, preprocess
+from megatron_longvila.data.shards import open_dataset
+from megatron_longvila.data.stream import VideoStream
+from megatron_longvila.data.timeline import from_packets, pack, unpack
+from megatron_longvila.data.video import decode_frames, probe
+
+UNEVEN_MS = [1500 + 40 * index + index * index * 7 % 23 + (20_000 if index > 30 else 0) for index in range(40)]
+OPEN = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=3:threads=1:open-gop=1"}
+VIDEOS = {
+    "mp4": {},
+    "uneven matroska": {"stamps_ms": UNEVEN_MS, "container": "matroska"},
+    "open groups": {"options": OPEN},
+    "transport stream": {"container": "mpegts"},
+    "av1": {"encoder": "libsvtav1"},
+    "hevc": {"encoder": "libx265"},
+}
+
+
+def test_leading_and_hidden_pictures():
+    """Decode order: I0 P3 B1 B2 | I6 B4 B5 (leading, refer to P3) P7; and one packet before the first keyframe."""
+    pts = np.array([-1, 0, 3, 1, 2, 6, 4, 5, 7])
+    shown = np.array([True] * 8 + [False])
+    timeline = from_packets(pts, shown, {1: (0, None), 5: (6, 4)}, 7.0)
+    assert timeline.pts_F.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert timeline.position_F.tolist() == [1, 3, 4, 2, 6, 7, 5]
+    assert timeline.key_position_F.tolist() == [1, 1, 1, 1, 1, 1, 5]
+    again = unpack(pack(timeline))
+    assert again.key_stamps == {1: (0, None), 5: (6, 4)} and again.packets == timeline.packets and again.duration_s == 7.0
+    for name in ("pts_F", "position_F", "key_position_F", "pts_P"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(timeline, name))
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_the_same_frames_without_reading_the_packet_list(name, monkeypatch):
+    data = video_bytes(range(40), **VIDEOS[name])
+    facts = probe(data)
+    picked = [39, 1, 7, 8, 13, 25, 0, 26, 11, 12]
+    expected = decode_frames(data, picked, image_size=64)[0]
+    monkeypatch.setattr(VideoStream, "_scan", lambda self: pytest.fail("went through the whole file"))
+    for indices in (picked, [12], [39]):
+        pixels, status = decode_frames(data, indices, image_size=64, timeline=facts.timeline)
+        np.testing.assert_array_equal(pixels, expected[[picked.index(index) for index in indices]])
+        assert not status.any()
+    with VideoStream(data, Deadline(None), DEFAULT_LIMITS, unpack(facts.timeline)) as stream:
+        assert (stream.timeline.num_frames, stream.timeline.duration_s) == (facts.num_frames, facts.duration_s)
+
+
+def test_nothing_is_stored_where_frames_are_counted():
+    data = video_bytes(range(20), encoder="mpeg4", container="avi")
+    assert probe(data).timeline == b""
+    assert [read_number(one) for one in decode_frames(data, [3, 19], image_size=64, timeline=b"")[0]] == [3, 19]
+
+
+def test_an_even_rate_takes_little_room():
+    pts = np.arange(108_000) * 512  # an hour at 30 frames per second
+    timeline = from_packets(
+        pts, np.ones(len(pts), bool), {position: (position * 512, position * 512) for position in range(0, 108_000, 60)}, 3600.0
+    )
+    assert len(pack(timeline)) < 108_000 / 16
+
+
+def test_damage_is_told():
+    data = video_bytes(range(20))
+    whole = probe(data).timeline
+    for broken in (b"LVT1", whole[:-1], b"LVT2" + whole[4:], whole[:30] + bytes([whole[30] ^ 255]) + whole[31:]):
+        with pytest.raises(MediaError, match="timeline that is damaged"):
+            decode_frames(data, [0], image_size=64, timeline=broken)
+
+
+@pytest.mark.parametrize("store", ["tar", "reference"])
+def test_a_dataset_stores_them(tmp_path, store, monkeypatch):
+    (tmp_path / "media").mkdir()
+    rows = []
+    for number in range(3):
+        name = f"{number}.{'avi' if number == 1 else 'mp4'}"
+        settings = {"encoder": "mpeg4", "container": "avi"} if number == 1 else {}
+        (tmp_path / "media" / name).write_bytes(video_bytes(range(10 * number, 10 * number + 20), **settings))
+        talk = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "Yes."}]
+        rows.append({"id": str(number), "video": name, "conversations": talk})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = Options(tmp_path / "rows.jsonl", tmp_path / "media", tmp_path / "out", store=store, num_workers=1)
+    assert preprocess(options).changed and not preprocess(options).changed
+    dataset = open_dataset(tmp_path / "out")
+    media = [dataset.media[sample.media[0]] for sample in dataset.samples]
+    assert [bool(dataset.timeline(one)) for one in media] == [True, False, True]
+    monkeypatch.setattr(VideoStream, "_scan", lambda self: pytest.fail("went through the whole file"))
+    pixels, _ = decode_frames(dataset.read(media[2]), [0, 19], image_size=64, timeline=dataset.timeline(media[2]))
+    assert [read_number(one) for one in pixels] == [20, 39]
+
+    path = tmp_path / "out" / "timelines.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(MediaError, match="timelines.bin is cut"):
+        dataset.timeline(media[2])
+    monkeypatch.undo()
+    assert preprocess(options).changed  # the way out that the error names
+    assert dataset.timeline(media[2])
