@@ -48,6 +48,7 @@ class VideoStream:
         self._container = None
         self._timeline = timeline
         self._transpose: Image.Transpose | None = None
+        self._reported_rotation: int | None = None
         self.rotation = 0
         try:
             found = sniff(self._file.read(SNIFF_BYTES))
@@ -106,9 +107,12 @@ class VideoStream:
 
     def orient(self, frame: av.VideoFrame) -> Image.Transpose | None:
         """What turns this frame upright; None where it is. A frame that does not say is turned as the one before it."""
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        if matrix is not None:
-            self.rotation, self._transpose = _orientation(np.frombuffer(bytes(matrix), np.int32))
+        # A frame whose side data was looked at refers to itself and keeps its buffers until the collector runs: not for each one.
+        if frame.rotation != self._reported_rotation:
+            self._reported_rotation = frame.rotation
+            matrix = frame.side_data.get("DISPLAYMATRIX")
+            if matrix is not None:
+                self.rotation, self._transpose = _orientation(np.frombuffer(bytes(matrix), np.int32))
         return self._transpose
 
     @property

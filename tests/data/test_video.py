@@ -1,5 +1,6 @@
 """Frames by index are exactly the frames of the stream, whatever the container, codec, stamps, rotation or damage."""
 
+import gc
 import io
 import os
 
@@ -10,7 +11,7 @@ from media import audio_bytes, image_bytes, read_number, video_bytes, write_fram
 from PIL import Image
 
 from megatron_longvila.config import VideoConfig
-from megatron_longvila.data.media import ByteRange, DecodeTimeout, MediaError, MediaLimits, missing_bytes, open_source, sniff
+from megatron_longvila.data.media import ByteRange, Deadline, DecodeTimeout, MediaError, MediaLimits, missing_bytes, open_source, sniff
 from megatron_longvila.data.stream import VideoStream
 from megatron_longvila.data.video import decode_frames, probe, select_frames
 
@@ -333,3 +334,21 @@ def test_no_frames_and_one_frame(rule):
     if rule != "uniform":
         with pytest.raises(ValueError, match="fps=0"):
             select_frames(10, 1.0, VideoConfig(frame_rule=rule, fps=0))
+
+
+def test_a_frame_is_let_go_once_it_is_read():
+    """By its references alone: the decoded frames of a long video must not wait for the garbage collector."""
+
+    def held() -> int:
+        return sum(isinstance(one, av.VideoFrame) for one in gc.get_objects())
+
+    data = video_bytes(range(40), rotation=90, size=(64, 96))
+    gc.collect()
+    before = held()
+    gc.disable()
+    try:
+        with VideoStream(data, Deadline(None), MediaLimits()) as stream:
+            assert len(stream.read(list(range(40)), stream.to_rgb)) == 40
+            assert held() - before <= 1  # the first one, whose rotation was looked at
+    finally:
+        gc.enable()
