@@ -198,7 +198,7 @@ def _look(files: dict[MediaReference, _File], options: Options, progress: Progre
     """Answer of `look` by file key; answers of earlier runs are taken from the journal."""
     header = canonical_json({"version": VERSION, "limits": asdict(options.limits)})
     journal = Journal(options.output / "state" / "media.jsonl", header, write=not options.dry_run)
-    todo = {file.key: file for file in files.values() if file.key not in journal.entries}
+    todo = {file.key: file for file in files.values() if not _is_known(journal.entries.get(file.key))}
     tasks = [_LookTask(file, options.timeout_s, options.limits) for file in todo.values()]
     results = run_tasks(look, tasks, num_workers=options.num_workers, timeout_s=options.timeout_s + _KILL_AFTER_S)
     answers = dict(journal.entries)
@@ -210,6 +210,11 @@ def _look(files: dict[MediaReference, _File], options: Options, progress: Progre
             if answer.get("final", True):
                 journal.append(task.file.key, answer)
     return answers
+
+
+def _is_known(answer: dict | None) -> bool:
+    """Answers of before packet lists were stored are asked for again where there may be one; hash and shards stay as they are."""
+    return answer is not None and ("error" in answer or "timeline" in answer or answer["facts"]["kind"] != "video")
 
 
 def _accept(

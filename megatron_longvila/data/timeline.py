@@ -102,6 +102,8 @@ def unpack(data: bytes) -> Timeline:
     bounds = np.cumsum([0, *sizes]).tolist()
     pts, keys, dts, hidden = (body[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False))
     pts_P, keys_K = np.cumsum(np.frombuffer(pts, "<i8")), np.cumsum(np.frombuffer(keys, "<i8"))
+    if not num_keys or keys_K[0] < 0 or keys_K[-1] >= num_packets or (np.diff(keys_K) <= 0).any():
+        raise MediaError("has a stored timeline that is damaged (its keyframes are none of its packets); preprocess it again")
     dts_K = [None if stamp == _NO_DTS else stamp for stamp in np.frombuffer(dts, "<i8").tolist()]
     key_stamps = {position: (int(pts_P[position]), stamp) for position, stamp in zip(keys_K.tolist(), dts_K, strict=True)}
     is_shown_P = np.unpackbits(np.frombuffer(hidden, np.uint8), count=num_packets) == 0

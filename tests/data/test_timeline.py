@@ -1,7 +1,9 @@
 """A stored timeline reads the same frames as the file itself, without going through the file, and damage to it is told."""
 
+import io
 import json
 
+import av
 import numpy as np
 import pytest
 from media import read_number, video_bytes
@@ -54,6 +56,34 @@ def test_the_same_frames_without_reading_the_packet_list(name, monkeypatch):
         assert (stream.timeline.num_frames, stream.timeline.duration_s) == (facts.num_frames, facts.duration_s)
 
 
+@pytest.mark.parametrize("name", ["mp4", "open groups", "hevc"])
+def test_damaged_frames_are_the_same_ones(name):
+    """Damage in the packets after the list was made: bad frames are found and replaced as without the list, never shown as others."""
+    data = bytearray(video_bytes(range(40), **VIDEOS[name]))
+    timeline = probe(bytes(data)).timeline
+    with av.open(io.BytesIO(bytes(data))) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    for packet in packets[14:17]:
+        data[packet.pos + 5 : packet.pos + packet.size] = bytes(packet.size - 5)
+    expected, bad = decode_frames(bytes(data), range(40), image_size=64)
+    pixels, status = decode_frames(bytes(data), range(40), image_size=64, timeline=timeline)
+    assert 0 < bad.sum() < 40
+    np.testing.assert_array_equal(status, bad)
+    np.testing.assert_array_equal(pixels, expected)
+    shown = [read_number(picture) for picture in pixels]
+    assert all(number == index for index, (number, one) in enumerate(zip(shown, status, strict=True)) if not one)
+    cut = bytes(data[: packets[20].pos])
+    with pytest.raises(MediaError, match="cut|cannot be opened"):
+        decode_frames(cut, [0], image_size=64, timeline=timeline)
+
+
+def test_the_list_of_another_file_shows_no_wrong_frame():
+    """Its stamps name no packets here: every frame is bad, and none is taken for another."""
+    other = probe(video_bytes(range(40), container="matroska", stamps_ms=[7 + 33 * number for number in range(40)])).timeline
+    with pytest.raises(MediaError, match="none of the 3"):
+        decode_frames(video_bytes(range(40)), [3, 17, 30], image_size=64, timeline=other)
+
+
 def test_nothing_is_stored_where_frames_are_counted():
     data = video_bytes(range(20), encoder="mpeg4", container="avi")
     assert probe(data).timeline == b""
@@ -103,3 +133,34 @@ def test_a_dataset_stores_them(tmp_path, store, monkeypatch):
     monkeypatch.undo()
     assert preprocess(options).changed  # the way out that the error names
     assert dataset.timeline(media[2])
+
+
+def test_a_dataset_of_before_lists_were_stored(tmp_path):
+    """It opens and reads as it is; preprocessing it again adds the lists and changes neither its hash nor its shards."""
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "a.mp4").write_bytes(video_bytes(range(20)))
+    talk = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "Yes."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "a", "video": "a.mp4", "conversations": talk}) + "\n")
+    output = tmp_path / "out"
+    options = Options(tmp_path / "rows.jsonl", tmp_path / "media", output, num_workers=1)
+    preprocess(options)
+    new = {name: (output / name).read_bytes() for name in ("media.jsonl", "timelines.bin", "dataset.json")}
+
+    (output / "timelines.bin").unlink()
+    line = json.loads(new["media.jsonl"])
+    line.pop("timeline")
+    (output / "media.jsonl").write_text(json.dumps(line, separators=(",", ":")) + "\n")
+    journal = output / "state" / "media.jsonl"
+    header, entry = journal.read_text().splitlines()
+    key, answer = json.loads(entry)
+    answer.pop("timeline")
+    journal.write_text(f"{header}\n{json.dumps([key, answer])}\n")
+
+    dataset = open_dataset(output)
+    (media,) = dataset.media.values()
+    assert dataset.timeline(media) == b"" and dataset.hash == json.loads(new["dataset.json"])["hash"]
+    assert [read_number(one) for one in decode_frames(dataset.read(media), [3, 19], image_size=64, timeline=b"")[0]] == [3, 19]
+    shard = output / "shards" / media.shard
+    written = shard.stat().st_mtime_ns
+    assert preprocess(options).changed and not preprocess(options).changed
+    assert {name: (output / name).read_bytes() for name in new} == new and shard.stat().st_mtime_ns == written
