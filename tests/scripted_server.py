@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server whose answers are known: it sees the colours in the pictures it is sent and says what it is scripted to.
+"""An OpenAI-compatible server whose answers are known: it sees what is in the pictures it is sent and says what it is scripted to.
 
 Every request and every answer is kept. The number of an answer travels in `usage.prompt_tokens`, so a test can tell from what is stored
 which requests must never be seen again.
@@ -16,8 +16,11 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import groupby
+from typing import NamedTuple
 
-from films import COLOURS, read_colour
+import numpy as np
+from films import MOVES, Seen, read_frame
 from PIL import Image
 
 LINE = re.compile(r"^\[([0-9.]+) - ([0-9.]+)\] (.*)$", re.MULTILINE)
@@ -159,45 +162,59 @@ class ScriptedServer:
 def tell(_system: str, text: str, pictures: list[Image.Image]) -> str:
     """The truth about the films: captions from the pictures; a summary or questions from the lines of captions in the text."""
     if pictures:
-        shown = [read_colour(picture) for picture in pictures]
-        order = [colour for number, colour in enumerate(shown) if number == 0 or colour != shown[number - 1]]
-        words = ", ".join(COLOURS[colour][1] for colour in order)
-        return f"The screen is {' and then '.join(order)} while a white square moves from left to right. The text at the top says {words}."
-    lines = [(float(start), float(end), caption) for start, end, caption in LINE.findall(text)]
+        return _caption([read_frame(picture) for picture in pictures])
+    lines = [Line(float(start), float(end), _told(caption)) for start, end, caption in LINE.findall(text)]
     return json.dumps(_summary(lines) if '"summary"' in text else _questions(lines))
 
 
-def _told(caption: str) -> list[str]:
-    return re.search(r"screen is ([a-z ]+) while", caption)[1].split(" and then ")
+class Line(NamedTuple):
+    """A caption in a prompt: its span, and (colour, shape, from, to, word, place) of each shot that it tells of."""
+
+    start_s: float
+    end_s: float
+    shots: list[tuple[str, ...]]
 
 
-def _summary(lines: list[tuple[float, float, str]]) -> dict:
-    colours = [colour for _, _, caption in lines for colour in _told(caption)]
-    story = ", then ".join(colour for number, colour in enumerate(colours) if number == 0 or colour != colours[number - 1])
-    return {
-        "summary": f"A white square crosses the screen again and again while the colour behind it changes in this order: {story}.",
-        "domain": "film",
-    }
+def _caption(seen: list[Seen]) -> str:
+    told = []
+    for _, frames in groupby(seen, key=lambda frame: frame.colour):
+        frames = list(frames)
+        first, step = frames[0], np.subtract(frames[-1].middle, frames[0].middle)
+        way = next(way for way, sign in MOVES.items() if np.dot(sign, step) > 0.99 * np.linalg.norm(step) > 0)
+        told.append(
+            f"the screen is {first.colour} while a {first.shape} moves from {way[0]} to {way[1]}, "
+            f"and the word {first.word} stands at the {first.place}."
+        )
+    return " ".join(("Here" if number == 0 else "After that,") + f" {one}" for number, one in enumerate(told))
 
 
-def _questions(lines: list[tuple[float, float, str]]) -> list[dict]:
-    """For each line a question whose answer is its first colour, and one for each rule that a question can break."""
-    made = []
-    for number, (start_s, end_s, caption) in enumerate(lines):
-        first, word = _told(caption)[0], COLOURS[_told(caption)[0]][1]
-        kind, question, answer = [
-            ("Attribute", f"Which colour does the screen have at second {start_s:g} of the film?", first.capitalize()),
-            ("OCR", f"Which word can be read at the top of the screen after {start_s:g} seconds?", word),
-        ][number % 2]
-        made.append({"type": kind, "question": question, "answer": answer, "start_s": start_s, "end_s": end_s})
-    good, last = made[0], lines[-1][1]
+def _told(caption: str) -> list[tuple[str, ...]]:
+    return re.findall(r"screen is (\w+) while a (\w+) moves from (\w+) to (\w+), and the word (\w+) stands at the (\w+)\.", caption)
+
+
+def _story(lines: list[Line]) -> list[str]:
+    """The colours in order; a shot that goes on in the next line counts once."""
+    return [colour for colour, _ in groupby(shot[0] for line in lines for shot in line.shots)]
+
+
+def _summary(lines: list[Line]) -> dict:
+    shown = [(shot[0], shot[4]) for line in lines for shot in line.shots]
+    story = ", then ".join(f"{colour} behind the word {word}" for (colour, word), _ in groupby(shown))
+    return {"summary": f"Shapes cross the screen again and again while its colour changes in this order: {story}.", "domain": "film"}
+
+
+def _questions(lines: list[Line]) -> list[dict]:
+    """For each line a question of one of the seven types, and one for each rule that a question can break."""
+    made = [_question(lines, number) for number in range(len(lines))]
+    good, last = made[0], lines[-1].end_s
     return made + [
         {**good, "question": good["question"].upper() + "?!"},  # duplicate
+        {**good, "question": good["question"].replace("?", " now?")},  # near_duplicate
         {**good, "question": f"Is the {good['answer']} colour of the screen the {good['answer']} one here?"},  # leak
         {**good, "question": "What happens long after the film is over?", "start_s": last + 5, "end_s": last + 9},  # span
-        {**good, "question": "Where does the square begin its way in the film?", "start_s": "soon"},  # format
-        {**good, "question": "Who has painted the square that moves?", "type": "Guess"},  # format
-        {**good, "question": "Why does the square move over the screen?", "answer": "I'm sorry, I cannot tell."},  # refusal
+        {**good, "question": "Where does the shape begin its way in the film?", "start_s": "soon"},  # format
+        {**good, "question": "Who has painted the shape that moves?", "type": "Guess"},  # format
+        {**good, "question": "Why does the shape move over the screen?", "answer": "I'm sorry, I cannot tell."},  # refusal
         {
             **good,
             "question": "Wie heißt die Farbe, die der Bildschirm am Anfang des Films zeigt?",
@@ -207,3 +224,36 @@ def _questions(lines: list[tuple[float, float, str]]) -> list[dict]:
         {**good, "question": "What moves according to the captions?", "answer": "A white square."},  # about_the_text
         {**good, "question": "Colour?", "answer": "A white square."},  # length
     ]
+
+
+def _question(lines: list[Line], number: int) -> dict:
+    """About the first shot of a line, or what comes after it."""
+    line = lines[number]
+    colour, shape, begin, end, word, place = line.shots[0]
+    at, span = f"second {line.start_s:g} of the film", (line.start_s, line.end_s)
+    following = next((later for later in range(number, len(lines)) if len(_story(lines[number : later + 1])) > 1), None)
+    kinds = ["Attribute", "OCR", "Object", "Action", "Spatial", "Temporal", "Synopsis"]
+    kind = kinds[number % len(kinds)]
+    if kind == "Temporal" and following is None:
+        kind = "Attribute"
+    if kind == "Attribute":
+        question, answer = f"Which colour does the screen have at {at}?", colour.capitalize()
+    elif kind == "OCR":
+        question, answer = f"Which word can be read on the screen at {at}?", word
+    elif kind == "Object":
+        question, answer = f"Which shape moves over the screen at {at}?", f"A {shape}."
+    elif kind == "Action":
+        question, answer = f"What does the shape do on the screen at {at}?", f"It moves from {begin} to {end}."
+    elif kind == "Spatial":
+        question, answer = f"Where on the screen does the word stand at {at}?", f"At the {place}."
+    elif kind == "Temporal":
+        question, answer = (
+            f"Which colour follows the one that the screen has at {at}?",
+            _story(lines[number : following + 1])[1].capitalize(),
+        )
+        span = (line.start_s, lines[following].end_s)
+    else:
+        stretch = lines[number : number + 3]
+        question = f"Which colours fill the screen from second {line.start_s:g} to second {stretch[-1].end_s:g}, in order?"
+        answer, span = ", then ".join(_story(stretch)).capitalize() + ".", (line.start_s, stretch[-1].end_s)
+    return {"type": kind, "question": question, "answer": answer, "start_s": span[0], "end_s": span[1]}
