@@ -6,12 +6,13 @@ Positions count packets in decode order; indices count frames in presentation or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
 from fractions import Fraction
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, MediaUnreadable, open_source, sniff
@@ -49,6 +50,7 @@ class VideoStream:
         self._timeline = timeline
         self._transpose: Image.Transpose | None = None
         self._reported_rotation: int | None = None
+        self._scaler = VideoReformatter()  # shared by all frames: each one's own would be set up again
         self.rotation = 0
         try:
             found = sniff(self._file.read(SNIFF_BYTES))
@@ -98,10 +100,8 @@ class VideoStream:
         """Upright picture, uint8 [H, W, 3]; `size` (width, height before rotation) lets the decoder's scaler resize it."""
         if frame.width * frame.height > self._limits.max_pixels:
             raise MediaError(f"has a frame of {frame.width} x {frame.height} pixels, more than max_pixels={self._limits.max_pixels}")
-        if size is None:
-            rgb_HW3 = frame.to_ndarray(format="rgb24")
-        else:
-            rgb_HW3 = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="BICUBIC").to_ndarray()
+        scaling = {} if size is None else {"width": size[0], "height": size[1], "interpolation": "BICUBIC"}
+        rgb_HW3 = self._scaler.reformat(frame, format="rgb24", **scaling).to_ndarray()
         transpose = self.orient(frame)
         return rgb_HW3 if transpose is None else np.array(Image.fromarray(rgb_HW3).transpose(transpose))
 
@@ -132,14 +132,19 @@ class VideoStream:
             if index is not None and not frame.is_corrupt:
                 yield index, frame
 
-    def read(self, indices: list[int], convert: Callable[[av.VideoFrame], object]) -> dict[int, object]:
-        """`convert(frame)` of each sorted index; frames that do not decode, or only with errors, are missing from the result."""
+    def read(
+        self, indices: list[int], convert: Callable[[av.VideoFrame], object], found: MutableMapping[int, object] | None = None
+    ) -> MutableMapping[int, object]:
+        """Put `convert(frame)` of each sorted index into `found`, a new dict by default, and return that. Frames that do not decode, or
+        only with errors, are missing."""
+        found = {} if found is None else found
         if not len(self.timeline.pts_P):
-            return self._read_counting(set(indices), convert)
-        found = self._read_groups(indices, convert, earlier=0)
+            self._read_counting(set(indices), convert, found)
+            return found
+        self._read_groups(indices, convert, found, earlier=0)
         missing = [index for index in indices if index not in found]
         if missing:  # a keyframe that was none (gradual refresh), or damage: once more from one group further back
-            found.update(self._read_groups(missing, convert, earlier=1))
+            self._read_groups(missing, convert, found, earlier=1)
         return found
 
     def _open(self) -> None:
@@ -247,20 +252,19 @@ class VideoStream:
         except av.FFmpegError:
             return []
 
-    def _read_counting(self, wanted: set[int], convert: Callable) -> dict[int, object]:
+    def _read_counting(self, wanted: set[int], convert: Callable, found: MutableMapping) -> None:
         self._open()
-        found, index = {}, 0
+        index, last = 0, max(wanted, default=-1)
         for packet in self._packets_then_flush():
+            if index > last:
+                break
             for frame in self._decode(packet):
                 self._keep([frame], {frame.pts: index} if index in wanted else {}, convert, found)
                 index += 1
-            if len(found) == len(wanted):
-                break
-        return found
 
-    def _read_groups(self, indices: list[int], convert: Callable, *, earlier: int) -> dict[int, object]:
+    def _read_groups(self, indices: list[int], convert: Callable, found: MutableMapping, *, earlier: int) -> None:
         """Visit the groups of pictures that hold `indices`, in decode order; `earlier` starts each visit that many keyframes before."""
-        timeline, found = self.timeline, {}
+        timeline = self.timeline
         keys = sorted(timeline.key_stamps)
         pending = sorted(indices, key=lambda index: int(timeline.position_F[index]))
         while pending:
@@ -274,27 +278,26 @@ class VideoStream:
                 visit.append(index)
             pending = pending[len(visit) :]
             self._visit(start, visit, convert, found)
-        return found
 
-    def _visit(self, start: int, visit: list[int], convert: Callable, found: dict[int, object]) -> None:
+    def _visit(self, start: int, visit: list[int], convert: Callable, found: MutableMapping) -> None:
         """Decode from the keyframe at position `start` until the frames `visit` have come out."""
         timeline = self.timeline
         wanted = {int(timeline.pts_F[index]): index for index in visit}
         last, start_pts = int(timeline.position_F[visit[-1]]), timeline.key_stamps[start][0]
-        context, skips = self._stream.codec_context, self.codec in _SKIPS_UNREFERENCED
+        context, skips, skipping = self._stream.codec_context, self.codec in _SKIPS_UNREFERENCED, "DEFAULT"
         for position, packet in self._packets_from(start):
             if position < start or (start < position and packet.pts < start_pts):
                 continue  # before the keyframe, or a leading picture that refers to what lies before it
-            if skips:
-                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            skip = "DEFAULT" if not skips or packet.pts in wanted else "NONREF"
+            if skip != skipping:
+                context.skip_frame = skipping = skip
             self._keep(self._decode(packet), wanted, convert, found)
             if position >= last:
                 break
-        if skips:
-            context.skip_frame = "DEFAULT"
+        context.skip_frame = "DEFAULT"
         self._keep(self._decode(None), wanted, convert, found)
 
-    def _keep(self, frames: list[av.VideoFrame], wanted: dict[int, int], convert: Callable, found: dict[int, object]) -> None:
+    def _keep(self, frames: list[av.VideoFrame], wanted: dict[int, int], convert: Callable, found: MutableMapping) -> None:
         for frame in frames:
             if frame.pts in wanted and not frame.is_corrupt:
                 with contextlib.suppress(av.FFmpegError):  # a frame that cannot be converted is as bad as one that does not decode

@@ -7,6 +7,7 @@ Shapes: F frames, S side of the square picture.
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,29 +149,45 @@ def decode_frames(
         raise ValueError(f"on_bad_frame={on_bad_frame!r} is not one of nearest, skip_sample, fail")
     source = _resolve(source)
     reader = _Reader(source, image_size, preprocess, fast_resize, Deadline(timeout_s), limits, timeline)
+    pixels_FSS3 = np.empty((len(indices), image_size, image_size, 3), np.uint8)
+    good = _Rows(pixels_FSS3, indices)
     with reader:
-        good = reader.read(sorted(set(indices)))
-        bad = [index for index in dict.fromkeys(indices) if index not in good]
+        reader.read(sorted(set(indices)), good)
+        bad = {index: None for index in indices if index not in good}
         if bad and on_bad_frame != "nearest":
             raise MediaError(f"{len(bad)} of {len(set(indices))} frames do not decode, first frame {min(bad)}")
-        pictures = dict(good)
         for index in bad:
-            pictures[index] = _nearest(index, sorted(set(siblings if siblings is not None else indices)), good, reader)
-    pixels_FSS3 = np.empty((len(indices), image_size, image_size, 3), np.uint8)
-    status_F = np.zeros(len(indices), np.uint8)
-    replaced = set(bad)
+            bad[index] = _nearest(index, sorted(set(siblings if siblings is not None else indices)), good, reader)
     for row, index in enumerate(indices):
-        pixels_FSS3[row] = pictures[index]
-        status_F[row] = index in replaced
-    return pixels_FSS3, status_F
+        if index in bad:
+            pixels_FSS3[row] = bad[index]
+        elif good.row_of[index] != row:
+            pixels_FSS3[row] = good[index]
+    return pixels_FSS3, np.array([index in bad for index in indices], np.uint8)
 
 
-def _nearest(index: int, siblings: list[int], good: dict[int, np.ndarray], reader: _Reader) -> np.ndarray:
+class _Rows(UserDict):
+    """Pictures by frame index; of those asked for, the pixels are held by the array that goes to the caller and nowhere else."""
+
+    def __init__(self, pixels_FSS3: np.ndarray, indices: Sequence[int]):
+        super().__init__()
+        self._pixels_FSS3 = pixels_FSS3
+        self.row_of = {index: row for row, index in reversed(list(enumerate(indices)))}
+
+    def __setitem__(self, index: int, picture_SS3: np.ndarray) -> None:
+        row = self.row_of.get(index)
+        if row is not None:
+            self._pixels_FSS3[row] = picture_SS3
+            picture_SS3 = self._pixels_FSS3[row]
+        super().__setitem__(index, picture_SS3)
+
+
+def _nearest(index: int, siblings: list[int], good: _Rows, reader: _Reader) -> np.ndarray:
     """The good frame next to `index` among `siblings` (the earlier of two equally near), decoding outward as far as needed."""
     for other in sorted(siblings, key=lambda sibling: (abs(sibling - index), sibling)):
         if other != index and other not in reader.bad:
             if other not in good:
-                good.update(reader.read([other]))
+                reader.read([other], good)
             if other in good:
                 return good[other]
     raise MediaError(f"none of the {len(siblings)} frames asked for decodes")
@@ -196,30 +213,28 @@ class _Reader:
         if self._stream is not None:
             self._stream.close()
 
-    def read(self, indices: list[int]) -> dict[int, np.ndarray]:
-        """uint8 [S, S, 3] of each index that decodes; the others go to `bad`. Raises MediaError for an index outside the medium."""
+    def read(self, indices: list[int], found: _Rows) -> None:
+        """Put uint8 [S, S, 3] of each index that decodes into `found`; the others go to `bad`. Raises MediaError for an index outside the
+        medium."""
         num_frames = len(self._images) if self._images is not None else self._stream.timeline.num_frames
         outside = [index for index in indices if not 0 <= index < num_frames]
         if outside:
             raise MediaError(f"has {num_frames} frames, but frame {outside[0]} was asked for; preprocess it again if it changed")
         if self._images is None:
             convert = self._convert_fast if self._fast else lambda frame: self._square(self._stream.to_rgb(frame))
-            pictures = self._stream.read(indices, convert)
+            self._stream.read(indices, convert, found)
         else:
-            pictures = self._read_images(indices)
-        self.bad.update(index for index in indices if index not in pictures)
-        return pictures
+            self._read_images(indices, found)
+        self.bad.update(index for index in indices if index not in found)
 
-    def _read_images(self, indices: list[int]) -> dict[int, np.ndarray]:
-        pictures = {}
+    def _read_images(self, indices: list[int], found: _Rows) -> None:
         for index in indices:
             self._deadline.check("reading frames")
             try:
-                pictures[index] = self._square(open_image(self._images[index], self._limits)[0])
+                found[index] = self._square(open_image(self._images[index], self._limits)[0])
             except MediaError:
                 if len(self._images) == 1:
                     raise  # the reason of a bad image is worth more than "no frame decodes"
-        return pictures
 
     def _square(self, picture) -> np.ndarray:
         return to_square(picture, self._size, self._preprocess)
