@@ -166,20 +166,20 @@ class MediaTask(NamedTuple):
     fast_resize: bool
     timeout_s: float
     limits: MediaLimits
+    timeline: bytes
     thumbnail: int
 
 
 def media_task(index: SampleIndex, dataset: Dataset, media: Media, config: Config, *, key: object, thumbnail: int = 0) -> MediaTask | str:
     """The task, or why the medium cannot be read."""
     try:
-        source = dataset.read(media)
+        source, timeline = dataset.read(media), dataset.timeline(media)
     except (MediaError, OSError) as error:
         return f"medium {media.sha256[:16]} {error}"
     vision, video = config.model.vision, config.data.video
     indices = index.selected_frames(media)
-    return MediaTask(
-        key, media, source, indices, vision.image_size, vision.preprocess, video.fast_resize, video.timeout_s, dataset.limits, thumbnail
-    )
+    how = (vision.image_size, vision.preprocess, video.fast_resize, video.timeout_s, dataset.limits)
+    return MediaTask(key, media, source, indices, *how, timeline, thumbnail)
 
 
 def check_media(task: MediaTask) -> str:
@@ -202,4 +202,5 @@ def decode_task(task: MediaTask) -> tuple[np.ndarray, np.ndarray]:
         fast_resize=task.fast_resize,
         timeout_s=task.timeout_s,
         limits=task.limits,
+        timeline=task.timeline,
     )

@@ -34,9 +34,10 @@ figure.bad img { outline: 3px solid #c8321f; outline-offset: -3px; } .lost { wid
 figcaption { font-size: 12px; font-variant-numeric: tabular-nums; color: #38414a; padding: 1px 2px 4px; }
 .tokens { font: 13px/2 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 .t { background: #eceff2; border-radius: 3px; padding: 2px 0; box-shadow: inset -1px 0 #fff; }
-.y { background: #b6e3b4; } .s { color: #7a3fb0; font-weight: 600; } .f { color: #fff; border-radius: 3px; padding: 2px 6px; }
+.y { background: #b6e3b4; } .s { color: #7a3fb0; font-weight: 600; }
+.f { color: #fff; border-radius: 3px; padding: 0 6px; display: inline-block; line-height: 1.5; }
 .turns dt { font-weight: 600; } .turns dd { margin: 0 0 6px 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.key span { margin-right: 14px; }
+.key > span { margin-right: 18px; }
 """
 
 
@@ -177,7 +178,9 @@ def clock(seconds: float) -> str:
 def _tokens(view: SampleView, mesh: Mesh) -> str:
     trained = sum(token.is_trained for token in view.tokens)
     total = sum(token.count for token in view.tokens)
-    body = "".join(_token(token, view.frames, mesh) for token in view.tokens)
+    is_frame = [token.token_id < 0 for token in view.tokens] + [False]
+    between = [number and is_frame[number - 1] and is_frame[number + 1] for number in range(len(view.tokens))]  # frames go on in one line
+    body = "".join(_token(token, view.frames, mesh, breaks=not one) for token, one in zip(view.tokens, between, strict=True))
     ids = " ".join(f"{token.token_id}" if token.token_id >= 0 else f"[frame {token.text}]" for token in view.tokens)
     return (
         f'<h3>{total:,} tokens, {trained:,} of them trained</h3><div class="tokens">{body}</div>\n'
@@ -185,7 +188,7 @@ def _tokens(view: SampleView, mesh: Mesh) -> str:
     )
 
 
-def _token(token: TokenView, frames: tuple[FrameView, ...], mesh: Mesh) -> str:
+def _token(token: TokenView, frames: tuple[FrameView, ...], mesh: Mesh, *, breaks: bool) -> str:
     where = f"position {token.position}"
     if token.count > 1 or token.token_id < 0:
         frame = frames[int(token.text)]
@@ -194,7 +197,7 @@ def _token(token: TokenView, frames: tuple[FrameView, ...], mesh: Mesh) -> str:
         colour = _colour(frame.cp_rank, mesh.cp_size)
         return f'<span class="f" style="background:{colour}" title="{hover}">frame {token.text}{time} \u00d7{token.count}</span>'
     classes = "t" + " y" * token.is_trained + " s" * token.is_special
-    text = escape(token.text) or "\u2205"
+    text = (escape(token.text) if breaks else escape(token.text).replace("\n", "")) or "\u2205"
     return f'<span class="{classes}" title="{where}, id {token.token_id}">{text}</span>'
 
 

@@ -19,6 +19,7 @@ from megatron_longvila.data.mixture import RowSchedule
 from megatron_longvila.data.shards import Dataset, Media
 from megatron_longvila.data.stream import VideoStream
 from megatron_longvila.data.text import Tokenizer
+from megatron_longvila.data.timeline import unpack
 from megatron_longvila.data.workers import Killed, run_tasks
 from megatron_longvila.mesh import Mesh
 from megatron_longvila.parallel.plan import IGNORE_INDEX, PLACEHOLDER_ID, RankPlan, plan_row
@@ -222,7 +223,8 @@ def _times_s(task: MediaTask) -> list[float | None]:
         return [None]
     if task.media.kind == "frames":
         return [index / task.media.fps for index in task.indices]
-    with VideoStream(task.source, Deadline(task.timeout_s), task.limits) as stream:
+    known = unpack(task.timeline) if task.timeline else None
+    with VideoStream(task.source, Deadline(task.timeout_s), task.limits, known) as stream:
         times = stream.times_s()
     return [float(times[index]) for index in task.indices]
 
