@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
+import itertools
 import json
 import os
+import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -32,10 +34,13 @@ every picture it gives shows the number that was asked for.
 
 Every reading is a process of its own and gives all frames as RGB pictures of full size. Counted are wall-clock and processor seconds from
 opening the file, and the peak of memory beyond what the process held before, less the pictures themselves. With --threads N the peers use
-their own N threads, and this reader cuts the frames into N runs, as context-parallel ranks and loader threads do.
+their own N threads, and this reader cuts the frames into N runs, as context-parallel ranks and loader threads do. The readers take turns
+in every round, and of the rounds the least times and the most memory count: other work on the machine only ever adds. --output is
+written anew after each round.
 
-Readers: ours; ours_squares (what training calls: each picture is scaled to 384 x 384 at once, the rest of it is let go); decord;
-torchcodec; torchcodec_approximate (trusts the header's frame rate); opencv (steps over frames); opencv_seek (sets the position).
+Readers: ours; ours_listed (with the packet list that a dataset stores); ours_squares (what training calls: listed, and each picture is
+scaled to 384 x 384 at once, the rest of it is let go); decord; torchcodec; torchcodec_approximate (trusts the header's frame rate); opencv
+(steps over frames); opencv_seek (sets the position).
 """
 EPILOG = "Exit status: 0 done, 1 this project's reader was not exact or a video could not be made, 2 wrong usage."
 WIDTH, HEIGHT, RATE, CELL, NUM_CELLS = 854, 480, 30, 40, 20
@@ -93,23 +98,36 @@ def painted_number(picture_HW3: np.ndarray) -> int:
 # ------------------------------------------------------------------------------------------------ readers
 
 
-def read_ours(path: str, indices: list[int], threads: int) -> list[np.ndarray]:
+def read_ours(path: str, indices: list[int], threads: int, listed: bool = False) -> list[np.ndarray]:
     """Like all readers: the pictures of sorted frame numbers, uint8 [H, W, 3] each, read with so many threads."""
     from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline
     from megatron_longvila.data.stream import VideoStream
+    from megatron_longvila.data.timeline import unpack
 
     def read(run: list[int]) -> list[np.ndarray]:
-        with VideoStream(path, Deadline(None), DEFAULT_LIMITS) as stream:
+        with VideoStream(path, Deadline(None), DEFAULT_LIMITS, unpack(packet_list(path)) if listed else None) as stream:
             found = stream.read(run, stream.to_rgb)
             return [found[index] for index in run]
 
     return _in_runs(read, indices, threads)
 
 
+def read_ours_listed(path: str, indices: list[int], threads: int) -> list[np.ndarray]:
+    return read_ours(path, indices, threads, listed=True)
+
+
 def read_ours_squares(path: str, indices: list[int], threads: int) -> list[np.ndarray]:
     from megatron_longvila.data.video import decode_frames
 
-    return _in_runs(lambda run: list(decode_frames(path, run, image_size=SQUARE)[0]), indices, threads)
+    return _in_runs(lambda run: list(decode_frames(path, run, image_size=SQUARE, timeline=packet_list(path))[0]), indices, threads)
+
+
+@functools.cache
+def packet_list(path: str) -> bytes:
+    """What preprocessing stores; made before the clock starts, by the first reading that is not counted."""
+    from megatron_longvila.data.video import probe
+
+    return probe(path).timeline
 
 
 def _in_runs(read: Callable[[list[int]], list[np.ndarray]], indices: list[int], threads: int) -> list[np.ndarray]:
@@ -160,6 +178,7 @@ def read_opencv_seek(path: str, indices: list[int], threads: int) -> list[np.nda
 
 READERS = {
     "ours": read_ours,
+    "ours_listed": read_ours_listed,
     "ours_squares": read_ours_squares,
     "decord": read_decord,
     "torchcodec": read_torchcodec,
@@ -167,12 +186,12 @@ READERS = {
     "opencv": read_opencv,
     "opencv_seek": read_opencv_seek,
 }
-OURS = ("ours", "ours_squares")
+OURS = ("ours", "ours_listed", "ours_squares")
 PACKAGES = {"ours": "av", "decord": "decord", "torchcodec": "torchcodec", "opencv": "opencv-python-headless"}
 
 
 def measure(reader: str, path: str, num_wanted: int, num_frames: int, threads: int) -> dict:
-    """One reading in this process. Run twice over a few frames before, so that importing and first calls are not counted."""
+    """One reading in this process. A few frames are read before, so that importing and first calls are not counted."""
     indices = np.linspace(0, num_frames - 1, num_wanted).round().astype(int).tolist()
     try:
         READERS[reader](path, indices[:2], threads)
@@ -199,7 +218,7 @@ def _memory(name: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Every reader on every video, interleaved, so that a busy minute of the machine does not fall on one reader alone."""
+    """Every reader on every video, in rounds, so that a busy minute of the machine does not fall on one reader alone."""
     num_frames = round(arguments.duration_s * RATE)
     paths = {}
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -208,35 +227,56 @@ def run(arguments: argparse.Namespace) -> dict:
         if not paths[kind].exists():
             make_video(paths[kind], KINDS[kind], num_frames)
     samples: dict[tuple, list[dict]] = {}
-    for _ in range(arguments.repeats):
-        for key in [(kind, threads, reader) for kind in paths for threads in arguments.threads for reader in arguments.readers]:
-            kind, threads, reader = key
-            if not any("missing" in one for one in samples.get(key, [])):
-                words = ["--child", reader, str(paths[kind]), str(arguments.num_frames), str(num_frames), str(threads)]
-                child = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
-                if child.returncode and reader in OURS:
-                    raise RuntimeError(f"{reader} on {paths[kind]} failed with status {child.returncode}: {child.stderr[-2000:]}")
-                failed = {
-                    "missing": f"ended with status {child.returncode}: {child.stderr.strip()[-200:]}"
-                }  # a peer that crashed is a result
-                samples.setdefault(key, []).append(failed if child.returncode else json.loads(child.stdout.splitlines()[-1]))
+    loads = []
+    for number in range(arguments.repeats):
+        loads.append(round(os.getloadavg()[0], 1))
+        for kind, threads, reader in itertools.product(paths, arguments.threads, arguments.readers):
+            known = samples.setdefault((kind, threads, reader), [])
+            if not any("missing" in one for one in known):
+                known.append(read_apart(reader, paths[kind], arguments.num_frames, num_frames, threads))
+        found = describe(arguments, number + 1, num_frames, samples, loads)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def read_apart(reader: str, path: Path, num_wanted: int, num_frames: int, threads: int) -> dict:
+    """`measure` in a process of its own. A peer that crashes is a result; this project's reader must not."""
+    words = [sys.executable, __file__, "--child", reader, path, num_wanted, num_frames, threads]
+    child = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    if not child.returncode:
+        return json.loads(child.stdout.splitlines()[-1])
+    if reader in OURS:
+        raise RuntimeError(f"{reader} on {path} failed with status {child.returncode}: {child.stderr[-2000:]}")
+    return {"missing": f"ended with status {child.returncode}: {child.stderr.strip()[-200:]}"}
+
+
+def describe(arguments: argparse.Namespace, rounds: int, num_frames: int, samples: dict[tuple, list[dict]], loads: list[float]) -> dict:
+    """The file of results."""
     rows = []
     for (kind, threads, reader), found in samples.items():
         row = {"video": kind, "threads": threads, "reader": reader}
-        if "missing" in found[-1]:
-            rows.append(row | found[-1])
-            continue
-        rows.append(row | {name: round(statistics.median(one[name] for one in found), 3) for name in found[0]})
+        broken = next((one for one in found if "missing" in one), None)
+        pick = {name: max if name.endswith("_mib") else min for name in found[0]}
+        rows.append(row | (broken or {name: pick[name](one[name] for one in found) for name in found[0]}))
     return {
+        "command": f"python tools/benchmark_video.py --repeats {arguments.repeats} --readers {' '.join(arguments.readers)}",
+        "processor": processor(),
         "cpus": os.cpu_count(),
+        "load_at_each_round": loads,
         "frames": arguments.num_frames,
         "of": num_frames,
         "size": [WIDTH, HEIGHT],
-        "repeats": arguments.repeats,
+        "rounds": rounds,
         "versions": {name: _version(package) for name, package in PACKAGES.items()},
         "rows": rows,
         "fastest_exact_peer": compare(rows, arguments.num_frames),
     }
+
+
+def processor() -> str:
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.machine()
 
 
 def compare(rows: list[dict], num_wanted: int) -> list[dict]:
@@ -244,7 +284,7 @@ def compare(rows: list[dict], num_wanted: int) -> list[dict]:
     found = []
     for video, threads in dict.fromkeys((row["video"], row["threads"]) for row in rows):
         here = {row["reader"]: row for row in rows if (row["video"], row["threads"]) == (video, threads) and row.get("exact") == num_wanted}
-        ours, peers = here.pop("ours", None), here.values()
+        ours, peers = here.get("ours"), [row for reader, row in here.items() if reader not in OURS]
         if ours and peers:
             peer = min(peers, key=lambda row: row["wall_s"])
             ratios = {name: round(peer[name] / ours[name], 2) for name in ("wall_s", "processor_s")}
@@ -280,9 +320,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{where} {row['wall_s']:7.2f} s ({row['processor_s']:.2f} s of processor), {memory}{exact}")
     for one in found["fastest_exact_peer"]:
         print(f"{one['video']}, {one['threads']} threads: {one['peer']} takes {one['wall_s_ratio']} x our time")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    inexact = [row for row in found["rows"] if row["reader"] == "ours" and row["exact"] != arguments.num_frames]
+    inexact = [row for row in found["rows"] if row["reader"] in OURS and row.get("exact", arguments.num_frames) != arguments.num_frames]
     if inexact:
         print(f"error: this project's reader gave {inexact[0]['exact']:g} right frames of {arguments.num_frames}", file=sys.stderr)
     return 1 if inexact else 0
@@ -299,7 +337,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--videos", nargs="+", choices=KINDS, default=list(KINDS), help="which kinds [all]")
     add("--readers", nargs="+", choices=READERS, default=list(READERS), help="which readers [all]")
     add("--threads", nargs="+", type=int, default=sorted({1, cpus}), metavar="N", help="[1 and all processors]")
-    add("--repeats", type=int, default=3, metavar="N", help="the median of so many is taken [%(default)s]")
+    add("--repeats", type=int, default=3, metavar="N", help="rounds; the least times of them count [%(default)s]")
     return parser.parse_args(argv)
 
 
