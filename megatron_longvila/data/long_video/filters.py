@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+
+import numpy as np
 
 from megatron_longvila.data.long_video.answers import is_refusal, read_question
 from megatron_longvila.data.long_video.asking import AnswerError
@@ -27,6 +29,9 @@ _WORD = re.compile(r"\w+")
 _SPAN_SLACK_S = 0.1  # prompts show seconds with one digit
 _NUM_HASHES, _BAND = 32, 2  # 16 bands of 2: texts of similarity 0.8 meet in a band with probability 1 - (1 - 0.64)^16 > 0.9999999
 _MIN_LETTERS = 12  # of a text whose language is judged; shorter ones are names and numbers
+
+Earlier = dict[str, np.ndarray]
+"""Questions of a video that passed: normalised text to its shingles."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,20 @@ def normalise(text: str) -> str:
     return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
-def shingles(text: str) -> frozenset[str]:
-    """Triples of neighbouring words of a normalised text (the whole text where it has fewer)."""
+def shingles(text: str) -> np.ndarray:
+    """Triples of neighbouring words of a normalised text (the whole text where it has fewer) as sorted 64-bit hashes, uint64 [S].
+
+    Two of a million different triples share a hash once in forty million texts.
+    """
     words = text.split()
-    return frozenset(" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2)))
+    triples = (" ".join(words[start : start + 3]).encode() for start in range(max(1, len(words) - 2)))
+    return np.unique(np.frombuffer(b"".join(hashlib.blake2b(triple, digest_size=8).digest() for triple in triples), dtype=np.uint64))
 
 
-def similarity(a: frozenset, b: frozenset) -> float:
-    """Size of the intersection over size of the union."""
-    return len(a & b) / len(a | b)
+def similarity(a_S: np.ndarray, b_S: np.ndarray) -> float:
+    """Size of the intersection over size of the union of two sets of shingles."""
+    union = len(np.union1d(a_S, b_S))
+    return (len(a_S) + len(b_S) - union) / union
 
 
 def leaks(question: str, answer: str) -> bool:
@@ -100,8 +110,8 @@ class _Rules:
         if earlier:
             raise _Broken("near_duplicate", f"says the same as the summary of {earlier!r}")
 
-    def check_question(self, candidate: dict, duration_s: float, earlier: list[dict]) -> dict:
-        """The checked question. `earlier` are those of the same video that passed."""
+    def check_question(self, candidate: dict, duration_s: float, earlier: Earlier) -> dict:
+        """The checked question. `earlier` are those of the same video that passed; this one joins them."""
         try:
             record = read_question(candidate)
         except AnswerError as error:
@@ -118,11 +128,13 @@ class _Rules:
         if leaks(question, answer):
             raise _Broken("leak", "the question holds its answer")
         words = normalise(question)
-        for other in earlier:
-            if normalise(other["question"]) == words:
-                raise _Broken("duplicate", f"asks the same as question {other['number']}")
-            if similarity(shingles(normalise(other["question"])), shingles(words)) >= options.max_similarity:
-                raise _Broken("near_duplicate", f"asks nearly the same as question {other['number']}")
+        triples = shingles(words)
+        for other, other_triples in earlier.items():
+            if other == words:
+                raise _Broken("duplicate", f"asks the same as {other!r}")
+            if similarity(other_triples, triples) >= options.max_similarity:
+                raise _Broken("near_duplicate", f"asks nearly the same as {other!r}")
+        earlier[words] = triples
         return record
 
     def _check_text(self, text: str) -> None:
@@ -150,14 +162,15 @@ class _NearDuplicates:
 
     def __init__(self, max_similarity: float):
         self._max_similarity = max_similarity
-        self._texts: dict[str, frozenset[str]] = {}
-        self._bands: dict[tuple, list[str]] = {}
+        self._texts: dict[str, np.ndarray] = {}
+        self._bands: dict[bytes, list[str]] = {}
+        self._factors_N = np.random.default_rng(0).integers(1, 1 << 63, _NUM_HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
     def add(self, name: str, text: str) -> str | None:
         """The name of an earlier text that says the same; None, and this one is remembered, where there is none."""
         triples = shingles(text)
-        hashes = _min_hashes(triples)
-        bands = [(start, *hashes[start : start + _BAND]) for start in range(0, _NUM_HASHES, _BAND)]
+        smallest_N = (triples[:, None] * self._factors_N).min(axis=0)  # modulo 2^64: a hash function for each odd factor
+        bands = [bytes([start]) + smallest_N[start : start + _BAND].tobytes() for start in range(0, _NUM_HASHES, _BAND)]
         for other in dict.fromkeys(other for band in bands for other in self._bands.get(band, ())):
             if similarity(self._texts[other], triples) >= self._max_similarity:
                 return other
@@ -167,59 +180,60 @@ class _NearDuplicates:
         return None
 
 
-def _min_hashes(triples: frozenset[str]) -> list[int]:
-    """The smallest value of each of _NUM_HASHES hash functions over the set."""
-    digests = [hashlib.blake2b(triple.encode(), digest_size=4 * _NUM_HASHES // 2).digest() for triple in triples]  # 2 bytes a function
-    return [
-        min(int.from_bytes(digest[2 * n : 2 * n + 2]) << 32 | int.from_bytes(digest[:4]) for digest in digests) for n in range(_NUM_HASHES)
-    ]
+class _Groups:
+    """The records of one video after the other, from a stage file that keeps the order of the videos."""
+
+    def __init__(self, records: Iterable[dict]):
+        self._groups = groupby(records, key=lambda record: record["video"])
+        self._next = next(self._groups, None)
+
+    def take(self, video: str) -> list[dict]:
+        """The records of `video`, which is the next one that has any, or has none."""
+        if self._next is None or self._next[0] != video:
+            return []
+        records = list(self._next[1])
+        self._next = next(self._groups, None)
+        return records
+
+    def close(self) -> None:
+        assert self._next is None, f"{self._next[0]!r} is not in the order of the videos"
 
 
 def filter_all(options: FilterOptions, work: Path) -> dict:
     """WORK/filter.jsonl: what is kept, per video its summary, then its questions. Returns the report with counts by rule."""
-    rules = _Rules(options)
-    durations = {video["video"]: video["duration_s"] for video in read_stage(work, "segment")}
-    questions = {name: list(group) for name, group in groupby(read_stage(work, "qa"), key=lambda record: record["video"])}
-    summaries = {record["video"]: record for record in read_stage(work, "summarize")}
-    kept, rejects = [], []
+    counts = {kind: {"kept": 0, **dict.fromkeys(RULES, 0)} for kind in ("summaries", "questions")}
+    rejects: list[dict] = []
+    report = {"settings": asdict(options), **counts}
+    sources = [work / f"{stage}.jsonl" for stage in ("summarize", "qa")]
+    return write_stage(work, "filter", _sift(_Rules(options), work, counts, rejects), rejects, report, sources=sources)
 
-    def reject(kind: str, video: str, broken: _Broken, record: dict) -> None:
-        rejects.append({"kind": kind, "video": video, "rule": broken.rule, "reason": str(broken), "record": record})
 
-    for video, duration_s in durations.items():
-        if video in summaries:
-            record = summaries[video]
+def _sift(rules: _Rules, work: Path, counts: dict[str, dict[str, int]], rejects: list[dict]) -> Iterator[dict]:
+    """The records that keep the rules, one video after the other; fills `counts` and `rejects`."""
+    summaries, questions = _Groups(read_stage(work, "summarize")), _Groups(read_stage(work, "qa"))
+
+    def refuse(kind: str, name: str, broken: _Broken, record: dict) -> None:
+        counts[kind][broken.rule] += 1
+        rejects.append({"kind": name, "video": record["video"], "rule": broken.rule, "reason": str(broken), "record": record})
+
+    for segmented in read_stage(work, "segment"):
+        video, duration_s = segmented["video"], segmented["duration_s"]
+        for record in summaries.take(video):
             try:
                 rules.check_summary(record)
-                kept.append({"kind": "summary", **record, "duration_s": duration_s})
+                counts["summaries"]["kept"] += 1
+                yield {"kind": "summary", **record, "duration_s": duration_s}
             except _Broken as broken:
-                reject("summary", video, broken, record)
-        passed: list[dict] = []
-        for record in questions.get(video, []):
+                refuse("summaries", "summary", broken, record)
+        earlier: Earlier = {}
+        for record in questions.take(video):
             try:
-                checked = rules.check_question(record["candidate"], duration_s, passed)
-                passed.append(
-                    {
-                        "kind": "question",
-                        "video": video,
-                        "number": record["number"],
-                        **checked,
-                        "duration_s": duration_s,
-                        "origin": record["origin"],
-                    }
-                )
+                checked = rules.check_question(record["candidate"], duration_s, earlier)
             except _Broken as broken:
-                reject("question", video, broken, record)
-        kept += passed
-    report = {
-        "settings": asdict(options),
-        "summaries": _count(kept, rejects, "summary"),
-        "questions": _count(kept, rejects, "question"),
-    }
-    sources = [work / f"{stage}.jsonl" for stage in ("summarize", "qa")]
-    return write_stage(work, "filter", kept, rejects, report, sources=sources)
-
-
-def _count(kept: Iterable[dict], rejects: Iterable[dict], kind: str) -> dict[str, int]:
-    broken = [one["rule"] for one in rejects if one["kind"] == kind]
-    return {"kept": sum(one["kind"] == kind for one in kept), **{rule: broken.count(rule) for rule in RULES}}
+                refuse("questions", "question", broken, record)
+                continue
+            counts["questions"]["kept"] += 1
+            named = {"kind": "question", "video": video, "number": record["number"]}
+            yield {**named, **checked, "duration_s": duration_s, "origin": record["origin"]}
+    summaries.close()
+    questions.close()

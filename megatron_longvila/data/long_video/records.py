@@ -186,7 +186,7 @@ def request_key(request: dict) -> str:
 
 
 def write_stage(work: Path, stage: str, records: Iterable[dict], rejects: Iterable[dict], report: dict, *, sources: list[Path]) -> dict:
-    """Replace a stage's three files and return the report as written.
+    """Replace a stage's three files and return the report as written. `rejects` and `report` are read once `records` are taken.
 
     The report comes last and names the hashes of `sources`, so that a half-written stage is no finished one.
     """
