@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -36,32 +36,48 @@ class ExportOptions:
 
 
 def export(options: ExportOptions, work: Path) -> dict:
-    """WORK/export.jsonl: rows with `id`, `video`, `conversations`, and `evidence` for people and statistics. Returns the report."""
-    videos = [(video, list(group)) for video, group in groupby(read_stage(work, "filter"), key=lambda record: record["video"])]
+    """WORK/export.jsonl: rows with `id`, `video`, `conversations`, and `evidence` for people and statistics. Returns the report.
+
+    Raises:
+        WorkError: `filter` has not run, or nothing passed it.
+    """
+    report = {"rows": 0, "videos": 0, "questions_by_type": dict.fromkeys(QUESTION_TYPES, 0), "rejected": 0}
+    rejects: list[dict] = []
+    return write_stage(work, "export", _rows(options, work, report, rejects), rejects, report, sources=[work / "filter.jsonl"])
+
+
+def _rows(options: ExportOptions, work: Path, report: dict, rejects: list[dict]) -> Iterator[dict]:
+    """The rows, one video after the other; fills `report` and `rejects`."""
     digests = {video["video"]: video["sha256"] for video in read_stage(work, "segment")}
-    taken: Counter[str] = Counter({kind: 0 for kind in QUESTION_TYPES})
-    rows = []
-    for video, records in videos:
-        name = {"id": digests[video][:16], "video": video}
-        summary = next((record for record in records if record["kind"] == "summary"), None)
-        if summary and options.summaries:
-            asked = SUMMARY_QUESTIONS[int(digests[video], 16) % len(SUMMARY_QUESTIONS)]
-            rows.append(_row(name, "summary", [(asked, summary["summary"])], [summary]))
-        questions = [record for record in records if record["kind"] == "question"]
-        for number, group in _choose(questions, taken, options):
-            rows.append(_row(name, number, [(one["question"], one["answer"]) for one in group], group))
-    rejects = [{"video": row["video"], "reason": "its name is no UTF-8 text"} for row in rows if not _is_text(row["video"])]
-    rows = [row for row in rows if _is_text(row["video"])]
-    if not rows:
+    for video, records in groupby(read_stage(work, "filter"), key=lambda record: record["video"]):
+        if not _is_text(video):
+            rejects.append({"video": video, "reason": "its name is no UTF-8 text"})
+            report["rejected"] += 1
+            continue
+        records = list(records)
+        rows = list(_video_rows(video, digests[video], records, options, report["questions_by_type"]))
+        report["rows"] += len(rows)
+        report["videos"] += bool(rows)
+        yield from rows
+    if not report["rows"]:
         raise WorkError("nothing to export: no record passed the filters; look at filter.rejects.jsonl")
-    report = {"rows": len(rows), "videos": len({row["video"] for row in rows}), "questions_by_type": dict(taken), "rejected": len(rejects)}
-    return write_stage(work, "export", rows, rejects, report, sources=[work / "filter.jsonl"])
 
 
-def _choose(questions: list[dict], taken: Counter[str], options: ExportOptions) -> list[tuple[str, list[dict]]]:
+def _video_rows(video: str, digest: str, records: list[dict], options: ExportOptions, taken: dict[str, int]) -> Iterator[dict]:
+    name = {"id": digest[:16], "video": video}
+    summary = next((record for record in records if record["kind"] == "summary"), None)
+    if summary and options.summaries:
+        asked = SUMMARY_QUESTIONS[int(digest, 16) % len(SUMMARY_QUESTIONS)]
+        yield _row(name, "summary", [(asked, summary["summary"])], [summary])
+    for number, group in _choose([record for record in records if record["kind"] == "question"], taken, options):
+        yield _row(name, number, [(one["question"], one["answer"]) for one in group], group)
+
+
+def _choose(questions: list[dict], taken: dict[str, int], options: ExportOptions) -> list[tuple[str, list[dict]]]:
     """(name, questions of one sample); counts the types in `taken`."""
     if options.questions == "all":
-        taken.update(one["type"] for one in questions)
+        for one in questions:
+            taken[one["type"]] += 1
         return [("questions", questions)] if questions else []
     free = [one for one in questions if not options.max_per_type or taken[one["type"]] < options.max_per_type]
     if options.questions == "one":

@@ -23,26 +23,32 @@ def statistics(work: Path, tokenizer_path: Path | None) -> dict:
         WorkError: `export` has not run. ValueError: no tokenizer is there.
     """
     count = _counter(tokenizer_path)
-    rows = list(read_stage(work, "export"))
-    used = {row["video"] for row in rows}
-    videos = [video for video in read_stage(work, "segment") if video["video"] in used]
+    num_rows, used, spans_s, types = 0, set(), [], Counter()
+    texts: dict[str, list[int]] = {"human": [], "gpt": []}
+    for row in read_stage(work, "export"):
+        num_rows += 1
+        used.add(row["video"])
+        for one in row["evidence"]:
+            types[one["type"]] += 1
+            spans_s.append(one["end_s"] - one["start_s"])
+        for turn in row["conversations"]:
+            texts[turn["from"]].append(count(turn["value"].removeprefix("<video>\n")))
+    durations, num_clips = [], 0
+    for video in read_stage(work, "segment"):
+        if video["video"] in used:
+            durations.append(video["duration_s"])
+            num_clips += len(video["clips"])
     domains = Counter(record["domain"] for record in read_stage(work, "summarize") if record["video"] in used)
-    types = Counter(one["type"] for row in rows for one in row["evidence"])
-    durations = [video["duration_s"] for video in videos]
-    texts = {
-        speaker: [count(turn["value"]) for row in rows for turn in row["conversations"] if turn["from"] == speaker]
-        for speaker in ("human", "gpt")
-    }
     report = {
-        "rows": len(rows),
-        "videos": len(videos),
+        "rows": num_rows,
+        "videos": len(durations),
         "hours": round(sum(durations) / 3600, 4),
-        "clips": sum(len(video["clips"]) for video in videos),
+        "clips": num_clips,
         "domains": {name: domains[name] for name in DOMAINS},
         "question_types": {name: types[name] for name in QUESTION_TYPES},
         "duration_s": _spread(durations),
         "minutes": _histogram([duration / 60 for duration in durations]),
-        "span_s": _spread([one["end_s"] - one["start_s"] for row in rows for one in row["evidence"]]),
+        "span_s": _spread(spans_s),
         "unit": "tokens" if tokenizer_path else "words",
         "question_length": _spread(texts["human"]),
         "answer_length": _spread(texts["gpt"]),

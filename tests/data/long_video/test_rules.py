@@ -1,7 +1,6 @@
 """Clips, prompts, answers, filters and rows, one rule at a time."""
 
 import random
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -164,12 +163,12 @@ def test_languages():
 
 
 def test_one_question_per_video_keeps_the_types_even():
-    taken = Counter({kind: 0 for kind in QUESTION_TYPES})
+    taken = dict.fromkeys(QUESTION_TYPES, 0)
     questions = [{"type": kind, "number": number} for number, kind in enumerate(QUESTION_TYPES)]
     for _ in range(21):
         assert len(_choose(questions, taken, ExportOptions("one"))) == 1
     assert set(taken.values()) == {3}
-    taken = Counter()
+    taken = dict.fromkeys(QUESTION_TYPES, 0)
     chosen = [_choose(questions * 2, taken, ExportOptions("each", max_per_type=3)) for _ in range(3)]
     assert [len(one) for one in chosen] == [14, 7, 0] and set(taken.values()) == {3}
     assert len(_choose(questions, taken, ExportOptions("all"))[0][1]) == 7
