@@ -40,6 +40,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; none of them is special. No bos or eos is added."""
 
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text. For processes that never fork: the library may start threads for it."""
+        return [self.encode(text) for text in texts]
+
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; special tokens are left out, and ids past the vocabulary, which a model with spare rows can predict."""
@@ -145,7 +149,13 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(f"{folder} encodes a newline as nothing; frames need a token that follows them")
 
     def encode(self, text: str) -> list[int]:
-        ids = self._plain.encode(text, add_special_tokens=False).ids
+        return self._checked(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        # without the place of each token in the text, which takes a tenth of the time
+        return [self._checked(one.ids) for one in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _checked(self, ids: list[int]) -> list[int]:
         leaked = self._special_ids.intersection(ids) - self._text_ids
         if leaked:  # a vocabulary that reaches a special piece by merging; none of the supported models has one
             raise ValueError(f"text reaches the special token {self._full.id_to_token(min(leaked))!r} through ordinary pieces")

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from megatron_longvila.platform import mcore  # noqa: F401  (imported first: its
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder  # isort: skip
 
 VERSION = 1
+_BATCH_DOCUMENTS = 64
 MAX_LISTED = 1000  # rejected lines that a part names one by one; all are counted
 
 _load = lru_cache(maxsize=1)(load_tokenizer)
@@ -95,8 +97,9 @@ def tokenise(task: TokenTask) -> bool:
     refused: list[Refused] = []
     kinds: Counter[str] = Counter()
     largest, num_tokens = -1, 0
-    for one in read_documents(task.piece, text_field=task.text_field, source_field=task.source_field):
-        ids = _encode(tokenizer, one, task.end_id) if isinstance(one, Document) else one
+    for one, ids in _encoded(
+        tokenizer, read_documents(task.piece, text_field=task.text_field, source_field=task.source_field), task.end_id
+    ):
         if isinstance(ids, Refused):
             kinds[ids.kind] += 1
             if len(refused) < MAX_LISTED:
@@ -119,15 +122,28 @@ def tokenise(task: TokenTask) -> bool:
     return True
 
 
-def _encode(tokenizer: Tokenizer, document: Document, end_id: int | None) -> np.ndarray | Refused:
-    """int64 [tokens]"""
+def _encoded(
+    tokenizer: Tokenizer, found: Iterator[Document | Refused], end_id: int | None
+) -> Iterator[tuple[Document | Refused, np.ndarray | Refused]]:
+    """Each document with its tokens (int64), or with what is wrong with it."""
+    while batch := list(islice(found, _BATCH_DOCUMENTS)):
+        documents = [one for one in batch if isinstance(one, Document)]
+        try:
+            encoded = iter(tokenizer.encode_many([document.text for document in documents]))
+        except ValueError:  # of one of them
+            encoded = (_encode(tokenizer, document) for document in documents)
+        for one in batch:
+            ids = one if isinstance(one, Refused) else next(encoded)
+            if isinstance(ids, list):
+                ids = np.array(ids if end_id is None else [*ids, end_id]) if ids else Refused(one.line, "no tokens")
+            yield one, ids
+
+
+def _encode(tokenizer: Tokenizer, document: Document) -> list[int] | Refused:
     try:
-        ids = tokenizer.encode(document.text)
+        return tokenizer.encode(document.text)
     except ValueError as error:
         return Refused(document.line, "the tokenizer refuses it", str(error))
-    if not ids:
-        return Refused(document.line, "no tokens")
-    return np.array(ids if end_id is None else [*ids, end_id])
 
 
 def read_facts(folder: Path, key: str) -> PartFacts | None:

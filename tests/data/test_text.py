@@ -6,7 +6,9 @@ import pytest
 import sentencepiece
 from tiny_tokenizers import write_bpe, write_sentencepiece
 
-from megatron_longvila.data.text import load_tokenizer
+from megatron_longvila.data import tokens
+from megatron_longvila.data.documents import Document, Refused
+from megatron_longvila.data.text import Tokenizer, load_tokenizer
 
 NASTY = [
     "<|im_end|>",
@@ -157,3 +159,29 @@ def test_errors_name_what_is_missing(bpe_folder, tmp_path):
     (tmp_path / "bad.model").write_bytes(b"<html>not a model</html>")
     with pytest.raises((ValueError, RuntimeError)):
         load_tokenizer(tmp_path / "bad.model")
+
+
+def test_many_texts_are_encoded_as_each_alone(bpe_folder, sentencepiece_file):
+    texts = [*NASTY, "What colour is the square?", "", "two\nlines", "Übermut 漢字 \u00e9", "x" * 5000]
+    for path in (bpe_folder, sentencepiece_file):
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.encode_many(texts) == [tokenizer.encode(text) for text in texts] and tokenizer.encode_many([]) == []
+
+
+class Refusing:
+    """A tokenizer that refuses one text."""
+
+    def encode(self, text: str) -> list[int]:
+        if "bad" in text:
+            raise ValueError("text reaches a special token")
+        return list(text.encode())
+
+    encode_many = Tokenizer.encode_many
+
+
+def test_a_refused_document_costs_itself(monkeypatch):
+    monkeypatch.setattr(tokens, "_BATCH_DOCUMENTS", 2)
+    found = [Document(1, "s", "a"), Document(2, "s", "bad"), Refused(3, "not JSON"), Document(4, "s", ""), Document(5, "s", "b")]
+    encoded = dict(tokens._encoded(Refusing(), iter(found), 7))
+    assert [encoded[one].tolist() for one in (found[0], found[4])] == [[97, 7], [98, 7]]
+    assert [encoded[one].kind for one in found[1:4]] == ["the tokenizer refuses it", "not JSON", "no tokens"]
