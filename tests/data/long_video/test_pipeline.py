@@ -162,6 +162,7 @@ def test_costs_and_statistics(films, built):
     assert usage["answers"] == len(films[1]) and usage["completion_tokens"] == 7 * usage["answers"]
     assert stats["stages"]["summarize"]["dollars"] == pytest.approx((2 * usage["prompt_tokens"] + 10 * usage["completion_tokens"]) / 1e6)
     assert built[1]["requests"] == built[1]["different"] == sum(stats["stages"][stage]["usage"]["answers"] for stage in stats["stages"])
+    assert sum(stats["question_lengths"].values()) == sum(stats["answer_lengths"].values()) == stats["rows"]
     with Image.open(built[0] / "stats.png") as picture:
         assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 20
 
