@@ -15,6 +15,7 @@ from media import image_bytes, read_number, video_bytes, write_frames
 from megatron_longvila.data.media import MediaError, frame_files, open_source
 from megatron_longvila.data.preprocess import Options, preprocess
 from megatron_longvila.data.shards import Samples, open_dataset
+from megatron_longvila.data.tar import shard_index
 from megatron_longvila.data.video import decode_frames
 
 
@@ -189,3 +190,31 @@ def test_referred_media_must_stay_as_they_were(root, tmp_path):
 def test_an_empty_file_of_samples(tmp_path):
     (tmp_path / "samples.jsonl").touch()
     assert list(Samples(tmp_path / "samples.jsonl")) == []
+
+
+def test_a_shard_cut_in_the_middle_is_written_again(root, tmp_path):
+    shutil.copytree(root / "tar", tmp_path / "tar")
+    media = list(open_dataset(tmp_path / "tar").media.values())[-1]
+    shards = {path: path.read_bytes() for path in sorted((tmp_path / "tar" / "shards").glob("*.tar"))}
+    cut = tmp_path / "tar" / "shards" / media.shard
+    os.truncate(cut, media.members[-1][0] + 10)  # within the last picture: all others are still there, but the medium is refused as a whole
+    with pytest.raises(MediaError, match=f"is cut: {media.members[-1][0] + 10} bytes, {sum(media.members[-1])} needed"):
+        open_dataset(tmp_path / "tar").read(media.sha256)
+    others = {path: path.stat().st_mtime_ns for path in shards if path != cut}
+    assert preprocess(Options(root / "rows.jsonl", root / "media", tmp_path / "tar", num_workers=1, shard_bytes=4000)).changed
+    assert {path: path.read_bytes() for path in shards} == shards
+    assert others == {path: path.stat().st_mtime_ns for path in others}
+
+
+def test_names_in_a_shard_mean_nothing(root, tmp_path):
+    """Members are read by their place; a name that leads out of the folder is never a path."""
+    shutil.copytree(root / "tar", tmp_path / "tar")
+    for shard in (tmp_path / "tar" / "shards").glob("*.tar"):
+        data = bytearray(shard.read_bytes())
+        for offset, _ in shard_index(shard).values():
+            data[offset - 512 : offset - 412] = b"../../../evil".ljust(100, b"\0")
+        shard.write_bytes(data)
+    dataset = open_dataset(tmp_path / "tar")
+    for media in dataset.media.values():
+        assert not decode_frames(dataset.read(media), [0], image_size=32)[1].any()
+    assert not list(tmp_path.rglob("*evil*")) and not list(root.glob("**/evil*"))
