@@ -102,6 +102,15 @@ def make_film(path: Path, scenes: list[Scene], *, fps: int = 5, size: tuple[int,
     return path
 
 
+def make_picture(path: Path, scene: Scene, *, size: tuple[int, int] = (96, 64), number: int = 0) -> Path:
+    """A PNG of the middle of a scene."""
+    picture = _draw(scene.colour, scene.word, scene.place, size, str(number))
+    _draw_shape(picture, scene, 0.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return path
+
+
 def _ink(colour: str) -> tuple[int, int, int]:
     return (0, 0, 0) if min(COLOURS[colour]) > 200 else (255, 255, 255)
 

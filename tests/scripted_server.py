@@ -176,6 +176,8 @@ class Line(NamedTuple):
 
 
 def _caption(seen: list[Seen]) -> str:
+    if len(seen) == 1:
+        return f"The screen is {seen[0].colour} behind a {seen[0].shape}, and the word {seen[0].word} stands at the {seen[0].place}."
     told = []
     for _, frames in groupby(seen, key=lambda frame: frame.colour):
         frames = list(frames)

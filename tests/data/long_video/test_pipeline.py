@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from film_truth import check_caption, check_question, check_summary
-from films import Scene, make_film, plan_scenes, shown_between
+from films import Scene, make_film, make_picture, plan_scenes, shown_between
 from media import image_bytes
 from PIL import Image
 from programs import ROOT, environment, load_script, preprocess, read_lines
@@ -37,16 +37,20 @@ HOSTILE = [
     "{{captions}}.mp4",
 ]
 STAGES = ("segment", "caption", "summarize", "qa", "filter", "export", "stats")
-FILES = [f"{stage}.jsonl" for stage in STAGES[:-1]] + [f"{stage}.rejects.jsonl" for stage in STAGES[:-1]]
+ASKING = ("caption", "summarize", "qa", "images")
+ALL = (*STAGES, "images")  # caption --images, which shares nothing with the others but the folder
+FILES = [f"{stage}{end}.jsonl" for stage in ALL if stage != "stats" for end in ("", ".rejects")]
 
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory) -> tuple[Path, dict[str, list[Scene]]]:
-    """A folder of eight films with hostile names and things that are no films, and the script of each film."""
+    """A folder of eight films with hostile names and things that are no films, and the script of each film. Beside it, pictures of them."""
     root = tmp_path_factory.mktemp("films") / "root"
     scripts = {name: plan_scenes(seed, 40 + 7 * seed) for seed, name in enumerate(HOSTILE)}
     for number, (name, scenes) in enumerate(scripts.items()):
         make_film(root / name, scenes, number=number)
+        for place, scene in enumerate(scenes[:2]):
+            make_picture(root.parent / "images" / f"{number}.{place}.png", scene, number=number)
     (root / "copy.mp4").write_bytes((root / "-rf.mp4").read_bytes())
     (root / "notes.txt").write_text("no film")
     (root / "cut.mp4").write_bytes((root / "-rf.mp4").read_bytes()[:2000])
@@ -68,8 +72,9 @@ def words(stage: str, work: Path, films: Path, url: str) -> list[str]:
         "filter": [],
         "export": ["--questions", "each"],
         "stats": [],
+        "images": [*asking, "--images", films.parent / "images"],
     }
-    return [stage, "--work", str(work), *map(str, flags[stage])]
+    return ["caption" if stage == "images" else stage, "--work", str(work), *map(str, flags[stage])]
 
 
 def build(work: Path, films: Path, url: str, stages=STAGES) -> None:
@@ -81,9 +86,9 @@ def build(work: Path, films: Path, url: str, stages=STAGES) -> None:
 def built(films, tmp_path_factory) -> tuple[Path, dict]:
     work = tmp_path_factory.mktemp("built") / "work"
     with ScriptedServer() as server:
-        build(work, films[0], server.url)
+        build(work, films[0], server.url, ALL)
         counts = {"requests": len(server.requests), "different": len(set(server.requests))}
-        build(work, films[0], server.url)  # idempotent
+        build(work, films[0], server.url, ALL)  # idempotent
         assert len(server.requests) == counts["requests"]
     return work, counts
 
@@ -119,6 +124,17 @@ def test_every_caption_is_true_and_says_how_it_was_made(films, built):
         origin = clip["origin"]
         assert origin["prompt_sha256"] == prompt and origin["prompt"] == "caption_v1" and origin["model"] == "scripted"
         assert origin["sampling"] == {"temperature": 0.2, "top_p": 0.6, "max_tokens": 1024, "seed": 0}
+
+
+def test_every_caption_of_a_picture_is_true(films, built):
+    scripts = list(films[1].values())
+    rows = read_lines(built[0] / "images.jsonl")
+    assert [row["id"] for row in rows] == [f"{number}.{place}.png" for number in range(len(scripts)) for place in range(2)]
+    for row in rows:
+        number, place, _ = row["image"].split(".")
+        scene = scripts[int(number)][int(place)]
+        expected = f"The screen is {scene.colour} behind a {scene.shape}, and the word {scene.word} stands at the {scene.place}."
+        assert row["conversations"][1]["value"] == expected and row["origin"]["prompt"] == "image_v1"
 
 
 def test_every_accepted_record_is_true_and_every_row_says_it(films, built):
@@ -161,7 +177,8 @@ def test_costs_and_statistics(films, built):
     usage = stats["stages"]["summarize"]["usage"]
     assert usage["answers"] == len(films[1]) and usage["completion_tokens"] == 7 * usage["answers"]
     assert stats["stages"]["summarize"]["dollars"] == pytest.approx((2 * usage["prompt_tokens"] + 10 * usage["completion_tokens"]) / 1e6)
-    assert built[1]["requests"] == built[1]["different"] == sum(stats["stages"][stage]["usage"]["answers"] for stage in stats["stages"])
+    answers = [json.loads((built[0] / f"{stage}.report.json").read_text())["usage"]["answers"] for stage in ASKING]
+    assert built[1]["requests"] == built[1]["different"] == sum(answers)
     assert sum(stats["question_lengths"].values()) == sum(stats["answer_lengths"].values()) == stats["rows"]
     with Image.open(built[0] / "stats.png") as picture:
         assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 20
@@ -205,7 +222,7 @@ def stored_requests(work: Path, server: ScriptedServer) -> set[str]:
     """Digests of the requests whose answers stand in the store, by the numbers the server gave its answers."""
     numbers = set()
     for path in (work / "answers").glob("*.jsonl"):
-        if path.name in ("caption.jsonl", "summarize.jsonl", "qa.jsonl"):
+        if path.stem in ASKING:
             lines = path.read_bytes().split(b"\n")[:-1]
             numbers |= {json.loads(line)["answer"]["usage"]["prompt_tokens"] for line in lines}
     return {server.served[number] for number in numbers}
@@ -228,9 +245,9 @@ def test_kill_9_at_random_points_gives_the_same_dataset_and_repeats_no_stored_an
     draw = random.Random(seed)
     work, kills = tmp_path / "work", Counter()
     with ScriptedServer(delay_s=0.03) as server:
-        for stage in STAGES:
+        for stage in ALL:
             line = [sys.executable, str(ROOT / "tools" / "build_long_video_sft.py"), *words(stage, work, films[0], server.url)]
-            asks = stage in ("caption", "summarize", "qa")
+            asks = stage in ASKING
             for attempt in range(4):
                 before = stored_requests(work, server) if work.is_dir() else set()
                 seen = len(server.requests)
@@ -242,7 +259,7 @@ def test_kill_9_at_random_points_gives_the_same_dataset_and_repeats_no_stored_an
                     break
                 assert code == -signal.SIGKILL, errors
             assert code == 0
-        assert kills["caption"] == 3 and kills["summarize"] and kills["qa"] and kills["segment"]
+        assert kills["caption"] == 3 and kills["images"] and kills["summarize"] and kills["qa"] and kills["segment"]
         lost = len(server.requests) - built[1]["different"]  # asked, but killed before the answer was stored
         assert 0 < lost <= 4 * kills.total() and len(set(server.requests)) == built[1]["different"]
     for name in FILES:
@@ -256,7 +273,7 @@ def test_a_store_cut_anywhere_gives_the_same_dataset(films, built, tmp_path):
         work = tmp_path / f"work{trial}"
         shutil.copytree(built[0], work)
         lost = 0
-        for stage in ("caption", "summarize", "qa"):
+        for stage in ASKING:
             path = work / "answers" / f"{stage}.jsonl"
             data = path.read_bytes()
             path.write_bytes(data[: draw.randrange(len(data))])
@@ -268,7 +285,7 @@ def test_a_store_cut_anywhere_gives_the_same_dataset(films, built, tmp_path):
                 path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size + 1)]) if path.suffix == ".jsonl" else None
         (work / "caption.jsonl.tmp").write_bytes(b"half a li")
         with ScriptedServer() as server:
-            build(work, films[0], server.url)
+            build(work, films[0], server.url, ALL)
             assert len(server.requests) == lost
         for name in FILES:
             assert (work / name).read_bytes() == (built[0] / name).read_bytes(), name
