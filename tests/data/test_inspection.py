@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from media import image_bytes, video_bytes, write_frames
+from PIL import Image
 from programs import load_script
 from tiny_datasets import TinyDataset, tiny_config
 
 from megatron_longvila.config import ParallelConfig
 from megatron_longvila.data.index import SampleIndex
 from megatron_longvila.data.inspection import find_broken_media, histogram, summarise
-from megatron_longvila.data.inspection_page import clock, escape
+from megatron_longvila.data.inspection_page import clock, escape, render
 from megatron_longvila.data.inspection_views import SampleViewer
 from megatron_longvila.data.mixture import UNUSABLE, RowSchedule
 from megatron_longvila.data.preprocess import Options, preprocess
@@ -168,6 +171,33 @@ def test_the_page_runs_nothing_and_loads_nothing(folder, bpe_folder, tmp_path, c
     assert "'nobody'" in capsys.readouterr().err
     assert tool.main([*words, "--ids", "text", "--check", "none"]) == tool.BROKEN
     assert "Words" in (tmp_path / "look" / "index.html").read_text() and "turned" not in (tmp_path / "look" / "index.html").read_text()
+
+
+def test_chromium_draws_the_page_and_runs_nothing(folder, bpe_folder, tmp_path):
+    """What a browser makes of it: no script has run, every picture has loaded, and the colours of trained tokens and ranks are there."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium here")
+    viewer, lengths = make_viewer([open_dataset(folder / "dataset")], load_tokenizer(bpe_folder), Mesh(2, 1, 1, 2, 1), context_length=512)
+    summary = summarise(viewer.index, np.arange(5), lengths, viewer.reasons, num_rows=1, context_length=512)
+    page, picture = tmp_path / "page.html", tmp_path / "page.png"
+    views = list(viewer.views(range(5)))
+    page.write_text("".join(render(HOSTILE, {HOSTILE: HOSTILE}, summary, viewer.mesh, views)), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
+    words = [browser, *flags, "--window-size=1320,8000", f"--screenshot={picture}", page.as_uri()]
+    subprocess.run(words, check=True, capture_output=True, timeout=300)
+    shown_HW3 = np.asarray(Image.open(picture).convert("RGB"))
+    assert shown_HW3.shape == (8000, 1320, 3)
+
+    def share(*colour: int) -> float:
+        return float((np.abs(shown_HW3.astype(int) - colour).max(axis=2) <= 3).mean())
+
+    assert share(0xB6, 0xE3, 0xB4) > 1e-4  # trained tokens
+    assert share(0xFF, 0xF0, 0xEE) > 1e-4  # the problem of the sample that is too long
+    assert all(share(*colour) > 1e-4 for colour in ((44, 99, 150), (150, 95, 44)))  # the two ranks: hsl(210 55% 38%), hsl(30 55% 38%)
+    tree = subprocess.run([browser, *flags, "--dump-dom", page.as_uri()], check=True, capture_output=True, timeout=300, text=True).stdout
+    assert "<script" not in tree and "onerror=alert(1)&gt;" in tree
+    assert tree.count("<img") == sum(len(view.frames) for view in views)
 
 
 def test_escape_shows_what_would_hide_or_reorder():
