@@ -24,7 +24,7 @@ from megatron_longvila.data.long_video.stages import Incomplete, Prices, Service
 from megatron_longvila.data.long_video.statistics import statistics
 
 PROMPTS = Path(__file__).parent / "prompts"
-UNITS = {"caption": "clip", "images": "image", "summarize": "video", "qa": "video", "video": "video"}
+UNITS = {"caption": "clip", "images": "image", "stats": "row"}  # of the bars; else videos
 HELP = """
 Build an instruction dataset from a folder of long videos. Each stage is a subcommand over one work folder:
 
@@ -108,15 +108,15 @@ def _qa(arguments: argparse.Namespace, work: Path) -> dict:
 def _filter(arguments: argparse.Namespace, work: Path) -> dict:
     names = [name for name in FilterOptions.__dataclass_fields__ if name != "language"]
     language = None if arguments.language == "any" else arguments.language
-    return filter_all(FilterOptions(language=language, **{name: getattr(arguments, name) for name in names}), work)
+    return filter_all(FilterOptions(language=language, **{name: getattr(arguments, name) for name in names}), work, _bar)
 
 
 def _export(arguments: argparse.Namespace, work: Path) -> dict:
-    return export(ExportOptions(arguments.questions, arguments.max_per_type, not arguments.no_summaries), work)
+    return export(ExportOptions(arguments.questions, arguments.max_per_type, not arguments.no_summaries), work, _bar)
 
 
 def _stats(arguments: argparse.Namespace, work: Path) -> dict:
-    return statistics(work, arguments.tokenizer)
+    return statistics(work, arguments.tokenizer, _bar)
 
 
 def _service(arguments: argparse.Namespace, stage: str) -> Service:
@@ -135,7 +135,7 @@ def _service(arguments: argparse.Namespace, stage: str) -> Service:
 
 
 def _bar(iterable: Iterable, total: int, name: str) -> Iterable:
-    return tqdm(iterable, total=total, unit=UNITS[name], desc=name if name != "video" else "segment", smoothing=0.1, disable=not total)
+    return tqdm(iterable, total=total, unit=UNITS.get(name, "video"), desc=name, smoothing=0.1, disable=not total)
 
 
 # ------------------------------------------------------------------------------------------------ flags

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from megatron_longvila.data.long_video.prompts import QUESTION_TYPES
-from megatron_longvila.data.long_video.records import WorkError, read_stage, write_stage
+from megatron_longvila.data.long_video.records import Groups, WorkError, read_stage, write_stage
+from megatron_longvila.data.output import Progress
 
 # Asked in turn, so that a model does not learn one wording. Chosen by the video, so that a rerun chooses the same.
 SUMMARY_QUESTIONS = (
@@ -35,7 +35,7 @@ class ExportOptions:
     summaries: bool = True
 
 
-def export(options: ExportOptions, work: Path) -> dict:
+def export(options: ExportOptions, work: Path, progress: Progress) -> dict:
     """WORK/export.jsonl: rows with `id`, `video`, `conversations`, and `evidence` for people and statistics. Returns the report.
 
     Raises:
@@ -43,22 +43,24 @@ def export(options: ExportOptions, work: Path) -> dict:
     """
     report = {"rows": 0, "videos": 0, "questions_by_type": dict.fromkeys(QUESTION_TYPES, 0), "rejected": 0}
     rejects: list[dict] = []
-    return write_stage(work, "export", _rows(options, work, report, rejects), rejects, report, sources=[work / "filter.jsonl"])
+    return write_stage(work, "export", _rows(options, work, progress, report, rejects), rejects, report, sources=[work / "filter.jsonl"])
 
 
-def _rows(options: ExportOptions, work: Path, report: dict, rejects: list[dict]) -> Iterator[dict]:
+def _rows(options: ExportOptions, work: Path, progress: Progress, report: dict, rejects: list[dict]) -> Iterator[dict]:
     """The rows, one video after the other; fills `report` and `rejects`."""
-    digests = {video["video"]: video["sha256"] for video in read_stage(work, "segment")}
-    for video, records in groupby(read_stage(work, "filter"), key=lambda record: record["video"]):
-        if not _is_text(video):
+    passed = Groups(read_stage(work, "filter"))
+    num_videos = sum(1 for _ in read_stage(work, "segment"))
+    for segmented in progress(read_stage(work, "segment"), num_videos, "export"):
+        video, records = segmented["video"], passed.take(segmented["video"])
+        if records and not _is_text(video):
             rejects.append({"video": video, "reason": "its name is no UTF-8 text"})
             report["rejected"] += 1
             continue
-        records = list(records)
-        rows = list(_video_rows(video, digests[video], records, options, report["questions_by_type"]))
+        rows = list(_video_rows(video, segmented["sha256"], records, options, report["questions_by_type"]))
         report["rows"] += len(rows)
         report["videos"] += bool(rows)
         yield from rows
+    passed.close()
     if not report["rows"]:
         raise WorkError("nothing to export: no record passed the filters; look at filter.rejects.jsonl")
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from megatron_longvila.data.long_video.answers import is_refusal, read_question
 from megatron_longvila.data.long_video.asking import AnswerError
-from megatron_longvila.data.long_video.records import WorkError, read_stage, write_stage
+from megatron_longvila.data.long_video.records import Groups, WorkError, read_stage, write_stage
+from megatron_longvila.data.output import Progress
 
 RULES = ("format", "refusal", "marks", "about_the_text", "length", "language", "span", "leak", "duplicate", "near_duplicate")
 _MARKS = re.compile(r"<(image|video|vila/\w+)>|<\|\w+\|>", re.IGNORECASE)  # would be read as media or control tokens
@@ -180,43 +180,25 @@ class _NearDuplicates:
         return None
 
 
-class _Groups:
-    """The records of one video after the other, from a stage file that keeps the order of the videos."""
-
-    def __init__(self, records: Iterable[dict]):
-        self._groups = groupby(records, key=lambda record: record["video"])
-        self._next = next(self._groups, None)
-
-    def take(self, video: str) -> list[dict]:
-        """The records of `video`, which is the next one that has any, or has none."""
-        if self._next is None or self._next[0] != video:
-            return []
-        records = list(self._next[1])
-        self._next = next(self._groups, None)
-        return records
-
-    def close(self) -> None:
-        assert self._next is None, f"{self._next[0]!r} is not in the order of the videos"
-
-
-def filter_all(options: FilterOptions, work: Path) -> dict:
+def filter_all(options: FilterOptions, work: Path, progress: Progress) -> dict:
     """WORK/filter.jsonl: what is kept, per video its summary, then its questions. Returns the report with counts by rule."""
     counts = {kind: {"kept": 0, **dict.fromkeys(RULES, 0)} for kind in ("summaries", "questions")}
     rejects: list[dict] = []
     report = {"settings": asdict(options), **counts}
     sources = [work / f"{stage}.jsonl" for stage in ("summarize", "qa")]
-    return write_stage(work, "filter", _sift(_Rules(options), work, counts, rejects), rejects, report, sources=sources)
+    return write_stage(work, "filter", _sift(_Rules(options), work, progress, counts, rejects), rejects, report, sources=sources)
 
 
-def _sift(rules: _Rules, work: Path, counts: dict[str, dict[str, int]], rejects: list[dict]) -> Iterator[dict]:
+def _sift(rules: _Rules, work: Path, progress: Progress, counts: dict[str, dict[str, int]], rejects: list[dict]) -> Iterator[dict]:
     """The records that keep the rules, one video after the other; fills `counts` and `rejects`."""
-    summaries, questions = _Groups(read_stage(work, "summarize")), _Groups(read_stage(work, "qa"))
+    summaries, questions = Groups(read_stage(work, "summarize")), Groups(read_stage(work, "qa"))
+    num_videos = sum(1 for _ in read_stage(work, "segment"))
 
     def refuse(kind: str, name: str, broken: _Broken, record: dict) -> None:
         counts[kind][broken.rule] += 1
         rejects.append({"kind": name, "video": record["video"], "rule": broken.rule, "reason": str(broken), "record": record})
 
-    for segmented in read_stage(work, "segment"):
+    for segmented in progress(read_stage(work, "segment"), num_videos, "filter"):
         video, duration_s = segmented["video"], segmented["duration_s"]
         for record in summaries.take(video):
             try:

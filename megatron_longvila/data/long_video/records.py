@@ -20,6 +20,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 from megatron_longvila.data.output import write_atomically
@@ -208,6 +209,25 @@ def read_stage(work: Path, stage: str) -> Iterator[dict]:
         raise WorkError(f"{path} is not what `{stage}` wrote; run `{stage}` again (stored answers are not asked for again)")
     with open(path, "rb") as file:
         yield from (json.loads(line) for line in file)
+
+
+class Groups:
+    """The records of one video after the other, from a stage file that keeps the order of the videos."""
+
+    def __init__(self, records: Iterable[dict]):
+        self._groups = groupby(records, key=lambda record: record["video"])
+        self._next = next(self._groups, None)
+
+    def take(self, video: str) -> list[dict]:
+        """The records of `video`, which is the next one that has any, or has none."""
+        if self._next is None or self._next[0] != video:
+            return []
+        records = list(self._next[1])
+        self._next = next(self._groups, None)
+        return records
+
+    def close(self) -> None:
+        assert self._next is None, f"{self._next[0]!r} is not in the order of the videos"
 
 
 def read_report(work: Path, stage: str) -> dict:

@@ -202,7 +202,7 @@ def segment(options: SegmentOptions, work: Path, progress: Progress) -> dict:
         answers = dict(journal.entries)
         tasks = [_Task(keys[name], str(real), options) for name, real in found if name in keys and keys[name] not in answers]
         results = run_tasks(look, tasks, num_workers=options.num_workers, timeout_s=options.timeout_s + _KILL_AFTER_S)
-        for task, answer in progress(results, len(tasks), "video"):
+        for task, answer in progress(results, len(tasks), "segment"):
             if isinstance(answer, Killed):
                 answer = {"error": answer.reason, "final": False}
             answers[task.key] = answer

@@ -10,14 +10,14 @@ import numpy as np
 
 from megatron_longvila.data.long_video.prompts import DOMAINS, QUESTION_TYPES
 from megatron_longvila.data.long_video.records import read_report, read_stage
-from megatron_longvila.data.output import write_atomically
+from megatron_longvila.data.output import Progress, write_atomically
 from megatron_longvila.data.text import load_tokenizer
 
 _MINUTE_EDGES = (0, 1, 2, 3, 5, 10, 20, 30, 60, 120, 240)
 _LENGTH_EDGES = (0, 3, 6, 12, 25, 50, 100, 200, 400)
 
 
-def statistics(work: Path, tokenizer_path: Path | None) -> dict:
+def statistics(work: Path, tokenizer_path: Path | None, progress: Progress) -> dict:
     """WORK/stats.json and WORK/stats.png over what `export` wrote. Tokens are counted with a tokenizer, words without.
 
     Raises:
@@ -26,7 +26,7 @@ def statistics(work: Path, tokenizer_path: Path | None) -> dict:
     count = _counter(tokenizer_path)
     num_rows, used, spans_s, types = 0, set(), [], Counter()
     texts: dict[str, list[int]] = {"human": [], "gpt": []}
-    for row in read_stage(work, "export"):
+    for row in progress(read_stage(work, "export"), read_report(work, "export")["rows"], "stats"):
         num_rows += 1
         used.add(row["video"])
         for one in row["evidence"]:
