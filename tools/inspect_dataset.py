@@ -18,8 +18,8 @@ Show what is in a dataset: counts, histograms, broken samples, and samples as tr
 
 Give it the configuration you would train with; nothing is trained and no GPU is used:
 
-  python tools/inspect_dataset.py --output look --config examples/stages/stage5.yaml --data.train '["/data/longvila/train"]' \\
-      --data.tokenizer /models/qwen2 --parallel.ulysses_size 4 --parallel.ring_size 2
+  python tools/inspect_dataset.py --output look --config examples/models/qwen2_7b_siglip_448.yaml \\
+      --config examples/stages/stage5_256_frames.yaml --data.train '[data/long_sft]' --data.tokenizer /models/qwen2
 
 look/index.html opens in any browser, offline: for each sample shown, its frames with their time stamps, every token with those that
 are trained in green, and the plan: which rank would decode and encode which frames and own which tokens, in the row that the first epoch
