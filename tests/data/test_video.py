@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import tracemalloc
 
 import av
 import numpy as np
@@ -352,3 +353,13 @@ def test_a_frame_is_let_go_once_it_is_read():
             assert held() - before <= 2  # the first one, whose side data was looked at, and the decoder's next
     finally:
         gc.enable()
+
+
+def test_memory_is_that_of_the_frames_kept():
+    data, kept = video_bytes(range(40)), 40 * 256 * 256 * 3
+    decode_frames(data, [0], image_size=256)
+    tracemalloc.start()
+    pixels, _ = decode_frames(data, range(40), image_size=256)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pixels.nbytes == kept and peak < 1.2 * kept  # nothing is held twice, but for the frame at hand
