@@ -200,7 +200,7 @@ def segment(options: SegmentOptions, work: Path, progress: Progress) -> dict:
     tag = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]  # a journal per setting: coming back to one costs nothing
     with Journal(work / "answers" / f"segment-{tag}.jsonl", canonical_json(settings), write=True) as journal:
         answers = dict(journal.entries)
-        tasks = [_Task(keys[name], str(real), options) for name, real in found if name in keys and keys[name] not in answers]
+        tasks = [_Task(keys[name], str(real), options) for name, real in found if isinstance(real, Path) and keys[name] not in answers]
         results = run_tasks(look, tasks, num_workers=options.num_workers, timeout_s=options.timeout_s + _KILL_AFTER_S)
         for task, answer in progress(results, len(tasks), "segment"):
             if isinstance(answer, Killed):
@@ -227,7 +227,7 @@ def _key(name: str, real: Path) -> str:
 def _sort_out(found: list[tuple[str, Path | str]], keys: dict[str, str], answers: dict[str, dict]) -> tuple[list[dict], list[dict]]:
     records, rejects, first_name = [], [], {}
     for name, real in found:
-        answer = answers[keys[name]] if name in keys else {"error": real}
+        answer = answers[keys[name]] if isinstance(real, Path) else {"error": real}
         if "error" not in answer and first_name.setdefault(answer["sha256"], name) != name:
             answer = {"error": f"holds the same bytes as {first_name[answer['sha256']]!r}"}
         if "error" in answer:

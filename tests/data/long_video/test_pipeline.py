@@ -359,6 +359,22 @@ def test_images_get_captions_and_keep_their_ids(tmp_path, capsys):
     assert code == 0, text
 
 
+def test_a_list_of_names(films, tmp_path, capsys):
+    root, work = films[0], tmp_path / "work"
+    names = ["-rf.mp4", "../outside.mp4", "-rf.mp4", str(root / "-rf.mp4"), "a b/../-rf.mp4", "a b", "\udcff.mp4", "a b/c d.mp4\r", ""]
+    (tmp_path / "list").write_bytes("\n".join(names).encode(errors="surrogateescape"))
+    segment = ["segment", "--work", str(work), "--videos", str(root), "--list", str(tmp_path / "list"), "--num_workers", "2"]
+    for _ in range(2):
+        assert TOOL.main(segment) == 0
+        assert [video["video"] for video in read_lines(work / "segment.jsonl")] == ["-rf.mp4", "a b/c d.mp4"]
+        rejects = read_lines(work / "segment.rejects.jsonl")
+        assert [row["video"] for row in rejects] == names[1:7]
+        expected = ["leads out", "listed twice", "same bytes", "same bytes", "not a plain file", "is not in"]
+        assert all(words in row["reason"] for words, row in zip(expected, rejects, strict=True)), rejects
+    (tmp_path / "list").unlink()
+    assert TOOL.main(segment) == 1 and "cannot be read: No such file" in capsys.readouterr().err
+
+
 def test_wrong_usage(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         TOOL.main(["caption", "--work", str(tmp_path)])

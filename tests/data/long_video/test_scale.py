@@ -1,4 +1,4 @@
-"""A hundred thousand questions through the finishing stages: what is planted is found, in a few hundred megabytes."""
+"""Inputs of a hundred thousand lines: what is planted is found, in a few hundred megabytes."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from films import Scene, make_film
 from programs import ROOT, environment, read_lines
 
 from megatron_longvila.data.long_video.prompts import DOMAINS, QUESTION_TYPES
@@ -61,7 +62,7 @@ def write_stages(work: Path) -> None:
         write_stage(work, "qa", questions(), [], spent, sources=[work / "caption.jsonl"])
 
 
-def run(stage: str, work: Path, *flags: str) -> float:
+def run(stage: str, work: Path, *flags: object) -> float:
     """Peak memory of a stage in MiB."""
     words = [sys.executable, "-c", PROGRAM, ROOT / "tools" / "build_long_video_sft.py", stage, "--work", work, *flags]
     done = subprocess.run(list(map(str, words)), env=environment(), capture_output=True, text=True)
@@ -69,7 +70,17 @@ def run(stage: str, work: Path, *flags: str) -> float:
     return int(done.stdout.rsplit("peak_kib: ")[1]) / 1024
 
 
-@pytest.mark.end_to_end
+pytestmark = pytest.mark.end_to_end
+
+
+def test_a_list_of_a_hundred_thousand_names(tmp_path):
+    make_film(tmp_path / "films" / "a.mp4", [Scene("red", 10)])
+    (tmp_path / "list").write_text("".join(f"missing {number}.mp4\n" for number in range(100_000)) + "a.mp4\n")
+    peak = run("segment", tmp_path / "work", "--videos", tmp_path / "films", "--list", tmp_path / "list")
+    assert peak < MOST_MIB and [row["video"] for row in read_lines(tmp_path / "work" / "segment.jsonl")] == ["a.mp4"]
+    assert len(read_lines(tmp_path / "work" / "segment.rejects.jsonl")) == 100_000
+
+
 def test_a_hundred_thousand_questions(tmp_path):
     work = tmp_path / "work"
     write_stages(work)
