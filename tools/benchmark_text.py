@@ -200,11 +200,8 @@ def run(arguments: argparse.Namespace) -> dict:
     for _ in range(arguments.repeats):
         loads.append(round(os.getloadavg()[0], 1))
         for name, path in tokenizers.items():
-            library = subprocess.run(list(map(str, [sys.executable, __file__, "--child", path, text])), capture_output=True, text=True)
-            if library.returncode:
-                raise RuntimeError(f"the library on {path} failed: {library.stderr[-2000:]}")
-            samples[name].append(json.loads(library.stdout.splitlines()[-1]))
-            samples[name].append(time_command(path, text, arguments.work, arguments.num_workers))
+            samples[name].append(apart("library", path, text))
+            samples[name].append(apart("command", path, text, arguments.work, arguments.num_workers))
         found = {
             "command": f"python tools/benchmark_text.py --megabytes {arguments.megabytes} --repeats {arguments.repeats}",
             "processor": find_processor(),
@@ -219,6 +216,14 @@ def run(arguments: argparse.Namespace) -> dict:
         if arguments.output:
             arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+def apart(what: str, *arguments: object) -> dict:
+    """`time_library` or `time_command` in a process of its own."""
+    done = subprocess.run(list(map(str, [sys.executable, __file__, "--time", what, *arguments])), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"timing the {what} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(name: str, samples: list[dict]) -> dict:
@@ -246,8 +251,11 @@ def find_processor() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--child"]:
-        print(json.dumps(time_library(Path(argv[1]), Path(argv[2]))))
+    if argv[:2] == ["--time", "library"]:
+        print(json.dumps(time_library(*map(Path, argv[2:]))))
+        return 0
+    if argv[:2] == ["--time", "command"]:
+        print(json.dumps(time_command(*map(Path, argv[2:5]), int(argv[5]))))
         return 0
     arguments = parse(argv)
     try:
