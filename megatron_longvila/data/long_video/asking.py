@@ -56,7 +56,8 @@ class Question:
         identity: everything beside model, prompt and sampling that the answer depends on; small and JSON. No names: a renamed file
             is not asked about again.
         about: what the record needs to know beside the answer.
-        content: makes the user message's content (text, or text and pictures); called only when the question is really asked.
+        content: makes the user message's content (text, or text and pictures); called only when the question is really asked. Raises
+            AnswerError where it never can, Unanswered where it cannot now.
     """
 
     item: str

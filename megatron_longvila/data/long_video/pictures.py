@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_longvila.data.images import open_image
-from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline, MediaError
+from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline, MediaError, MediaUnreadable
 from megatron_longvila.data.stream import VideoStream
 
 _OPEN_VIDEOS = 4  # clips come video by video, so the threads work on one or two at a time
@@ -69,7 +69,7 @@ class ClipReader:
         try:
             now = os.stat(path).st_size
         except OSError as error:
-            raise MediaError(f"cannot be read: {error.strerror}") from None
+            raise MediaUnreadable(f"cannot be read: {error.strerror}") from None
         if now != size:
             raise MediaError(f"has {now} bytes, but had {size} when it was segmented; run `segment` again")
         while True:

@@ -20,11 +20,11 @@ from megatron_longvila.data.long_video.asking import (
     ask_all,
     check_writable,
 )
-from megatron_longvila.data.long_video.endpoint import Client, Endpoint, EndpointUnusable
+from megatron_longvila.data.long_video.endpoint import Client, Endpoint, EndpointUnusable, Unanswered
 from megatron_longvila.data.long_video.pictures import ClipReader, PictureOptions, clip_frames, picture_content, read_image
 from megatron_longvila.data.long_video.prompts import DOMAINS, QUESTION_TYPES
 from megatron_longvila.data.long_video.records import AnswerStore, Log, WorkError, file_hash, read_report, read_stage, write_stage
-from megatron_longvila.data.media import MediaError, natural_key, open_source, resolve_below
+from megatron_longvila.data.media import MediaError, MediaUnreadable, natural_key, open_source, resolve_below
 from megatron_longvila.data.output import Progress
 from megatron_longvila.data.rows import RowError, read_rows
 
@@ -138,6 +138,8 @@ def _ask_clip(video: dict, number: int, root: Path, reader: ClipReader, asker: A
         try:
             path = resolve_below(root, video["video"])
             return picture_content(user, reader.read(path, video["size"], video["num_frames"], indices))
+        except MediaUnreadable as error:
+            raise Unanswered(f"{error}; bring it back, or run `segment` again without it") from None
         except MediaError as error:
             raise AnswerError(str(error)) from None
 
@@ -212,6 +214,8 @@ def _ask_image(name: str, row_id: str, root: Path, asker: Asker, pictures: Pictu
     def content() -> list[dict]:
         try:
             return picture_content(user, [read_image(path, pictures)])
+        except MediaUnreadable as error:
+            raise Unanswered(str(error)) from None
         except MediaError as error:
             raise AnswerError(str(error)) from None
 

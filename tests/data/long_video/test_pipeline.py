@@ -27,15 +27,8 @@ from megatron_longvila.data.rows import parse_row
 TOOL = load_script(ROOT / "tools" / "build_long_video_sft.py")
 KEY = "sk-0123456789abcdef"
 HOSTILE = [
-    "a b/c d.mp4",
-    "\u00fcber \u732b.mp4",
-    "new\nline.mp4",
-    "x..mp4",
-    "-rf.mp4",
-    "'; rm -rf \".mp4",
-    "<video>.mp4",
-    "{{captions}}.mp4",
-]
+    "a b/c d.mp4", "\u00fcber \u732b.mp4", "new\nline.mp4", "x..mp4", "-rf.mp4", "'; rm -rf \".mp4", "<video>.mp4", "{{captions}}.mp4",
+]  # fmt: skip
 STAGES = ("segment", "caption", "summarize", "qa", "filter", "export", "stats")
 ASKING = ("caption", "summarize", "qa", "images")
 ALL = (*STAGES, "images")  # caption --images, which shares nothing with the others but the folder
@@ -320,6 +313,20 @@ def test_an_open_stage_says_so_and_the_next_one_does_not_run(films, tmp_path, ca
         before = len(server.requests)
         build(work, root, server.url)
         assert len(server.requests) == before + 1 + 1 + 2  # the new clip, the new summary, questions of both
+
+
+def test_a_video_that_is_gone_for_a_while_stays_open(tmp_path, capsys):
+    root, work = tmp_path / "videos", tmp_path / "work"
+    for name in "ab":
+        make_film(root / f"{name}.mp4", [Scene("red", 10)], number=ord(name))
+    with ScriptedServer() as server:
+        build(work, root, server.url, ["segment"])
+        (root / "a.mp4").rename(tmp_path / "a.mp4")
+        assert TOOL.main(words("caption", work, root, server.url)) == 3
+        assert "1 of 2 questions got no answer" in capsys.readouterr().err and len(server.requests) == 1
+        (tmp_path / "a.mp4").rename(root / "a.mp4")
+        build(work, root, server.url, ["caption"])
+        assert len(read_lines(work / "caption.jsonl")) == 2 == len(server.requests)
 
 
 def test_images_get_captions_and_keep_their_ids(tmp_path, capsys):
