@@ -18,6 +18,11 @@ def test_videos_are_read_and_checked(tmp_path, capsys):
     rows = {row["reader"]: row for row in found["rows"]}
     assert rows["ours"]["exact"] == rows["ours_listed"]["exact"] == 7 and found["fastest_exact_peer"] == []
     assert "7 of 7 exact" in capsys.readouterr().out
+    assert tool.main([*words, "--videos", "prepared", "--threads", "2", "--readers", "ours"]) == 0  # a further round
+    again = json.loads((tmp_path / "out.json").read_text())
+    assert [row["rounds"] for row in again["rows"]] == [2, 1, 1] and len(again["load_at_each_round"]) == 2
+    assert again["rows"][0]["processor_s"] <= rows["ours"]["processor_s"]
+    assert tool.main([*words, "--videos", "prepared", "--num_frames", "5"]) == 1 and "give another --output" in capsys.readouterr().err
 
 
 def test_only_exact_peers_are_compared():

@@ -36,7 +36,7 @@ Every reading is a process of its own and gives all frames as RGB pictures of fu
 opening the file, and the peak of memory beyond what the process held before, less the pictures themselves. With --threads N the peers use
 their own N threads, and this reader cuts the frames into N runs, as context-parallel ranks and loader threads do. The readers take turns
 in every round, and of the rounds the least times and the most memory count: other work on the machine only ever adds. --output is
-written anew after each round.
+written anew after each round; where it is there already with the same versions and videos, further rounds are added to it.
 
 Readers: ours; ours_listed (with the packet list that a dataset stores); ours_squares (what training calls: listed, and each picture is
 scaled to 384 x 384 at once, the rest of it is let go); decord; torchcodec; torchcodec_approximate (trusts the header's frame rate); opencv
@@ -226,15 +226,14 @@ def run(arguments: argparse.Namespace) -> dict:
         paths[kind] = arguments.work / f"{kind}_{num_frames}.mp4"
         if not paths[kind].exists():
             make_video(paths[kind], KINDS[kind], num_frames)
-    samples: dict[tuple, list[dict]] = {}
-    loads = []
-    for number in range(arguments.repeats):
+    samples, loads = earlier_readings(arguments, num_frames)
+    for _ in range(arguments.repeats):
         loads.append(round(os.getloadavg()[0], 1))
         for kind, threads, reader in itertools.product(paths, arguments.threads, arguments.readers):
             known = samples.setdefault((kind, threads, reader), [])
             if not any("missing" in one for one in known):
                 known.append(read_apart(reader, paths[kind], arguments.num_frames, num_frames, threads))
-        found = describe(arguments, number + 1, num_frames, samples, loads)
+        found = describe(arguments, num_frames, samples, loads)
         if arguments.output:
             arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -251,26 +250,45 @@ def read_apart(reader: str, path: Path, num_wanted: int, num_frames: int, thread
     return {"missing": f"ended with status {child.returncode}: {child.stderr.strip()[-200:]}"}
 
 
-def describe(arguments: argparse.Namespace, rounds: int, num_frames: int, samples: dict[tuple, list[dict]], loads: list[float]) -> dict:
+def circumstances(arguments: argparse.Namespace, num_frames: int) -> dict:
+    """What must be the same for readings to be compared."""
+    return {
+        "processor": processor(),
+        "cpus": os.cpu_count(),
+        "frames": arguments.num_frames,
+        "of": num_frames,
+        "size": [WIDTH, HEIGHT],
+        "versions": {name: _version(package) for name, package in PACKAGES.items()},
+    }
+
+
+def earlier_readings(arguments: argparse.Namespace, num_frames: int) -> tuple[dict[tuple, list[dict]], list[float]]:
+    """Readings by video, threads and reader, and the loads, of the rounds that --output holds. RuntimeError if they do not compare."""
+    if not (arguments.output and arguments.output.exists()):
+        return {}, []
+    found = json.loads(arguments.output.read_text())
+    for name, value in circumstances(arguments, num_frames).items():
+        if found[name] != value:
+            raise RuntimeError(f"{arguments.output} has {name}={found[name]}, here it is {value}; give another --output")
+    return {tuple(key): readings for key, readings in found["readings"]}, found["load_at_each_round"]
+
+
+def describe(arguments: argparse.Namespace, num_frames: int, samples: dict[tuple, list[dict]], loads: list[float]) -> dict:
     """The file of results."""
     rows = []
     for (kind, threads, reader), found in samples.items():
         row = {"video": kind, "threads": threads, "reader": reader}
         broken = next((one for one in found if "missing" in one), None)
         pick = {name: max if name.endswith("_mib") else min for name in found[0]}
-        rows.append(row | (broken or {name: pick[name](one[name] for one in found) for name in found[0]}))
+        counted = broken or {name: pick[name](one[name] for one in found) for name in found[0]}
+        rows.append(row | counted | {"rounds": len(found)})
     return {
-        "command": f"python tools/benchmark_video.py --repeats {arguments.repeats} --readers {' '.join(arguments.readers)}",
-        "processor": processor(),
-        "cpus": os.cpu_count(),
+        "command": "python tools/benchmark_video.py --work DIR --output FILE",
+        **circumstances(arguments, num_frames),
         "load_at_each_round": loads,
-        "frames": arguments.num_frames,
-        "of": num_frames,
-        "size": [WIDTH, HEIGHT],
-        "rounds": rounds,
-        "versions": {name: _version(package) for name, package in PACKAGES.items()},
         "rows": rows,
         "fastest_exact_peer": compare(rows, arguments.num_frames),
+        "readings": list(samples.items()),
     }
 
 
