@@ -59,7 +59,7 @@ def place(request, tmp_path_factory) -> tuple[Path, dict]:
     (place / "chain.yaml").write_text(yaml.safe_dump({"name": "stage 4", "base": [str(QUICKSTART / "model.yaml")], "stages": [stage]}))
     words = ["--chain", place / "chain.yaml", "--output_dir", data.parent / "chain", "--num_ranks", 4]
     words += ["--data.train", f"[{data / 'passages'}]", "--data.tokenizer", data / "tokenizer.model"]
-    code, text = start(sys.executable, ROOT / "tools" / "run_stages.py", *words)
+    code, text = start(sys.executable, ROOT / "tools" / "run_stages.py", *words, timeout_s=900)
     assert code == 0, text
     return place, scripts
 
@@ -77,7 +77,7 @@ def built(place) -> tuple[Path, dict, dict]:
         path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
         settings = environment() | {"PATH": path, "OPENAI_API_KEY": KEY, "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block], cwd=folder, env=settings, capture_output=True, text=True, timeout=900
+            ["bash", "-euo", "pipefail", "-c", block], cwd=folder, env=settings, capture_output=True, text=True, timeout=1500
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert KEY not in done.stdout + done.stderr
