@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 import zstandard
 
 FORMATS = tuple(kind + packing for kind in (".jsonl", ".txt") for packing in ("", ".gz", ".zst"))
-PIECE_BYTES = 32 << 20  # of a plain JSONL file: some seconds of work for one process
+PIECE_BYTES = 8 << 20  # of a plain JSONL file: a few seconds of work for one process, so that all end at about the same time
 _BOM = b"\xef\xbb\xbf"
 _PACKED_BYTES = 1 << 16  # small, because a frame may unpack to many times as much
 _STREAM_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
