@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_longvila import watch
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check_device, check_inputs, refuse, resolve
 from megatron_longvila.config_io import load, parse
+from megatron_longvila.pulse import Pulse
 
 
 def configure(argv: Sequence[str], *, world_size: int, gpus_per_host: int) -> Config:
@@ -54,6 +57,37 @@ def start_logging(rank: int) -> None:
     package.propagate = False
 
 
+def open_log_file(run_dir: Path, rank: int) -> None:
+    """Everything this rank says, with dates, also in RUN/logs/rank_00003.log; a resumed run goes on in the same file."""
+    path = run_dir / "logs" / f"rank_{rank:05d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    package = logging.getLogger("megatron_longvila")
+    for console in package.handlers:
+        console.setLevel(package.level)  # what the console shows stays what it was
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    for other in (logging.getLogger(), logging.getLogger("py.warnings")):
+        other.addHandler(handler)
+    package.info("rank %d of %s starts on %s, pid %d", rank, os.environ.get("WORLD_SIZE", "1"), host_name(), os.getpid())
+
+
+def host_name() -> str:
+    """What the scheduler calls this host, else what it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def take_pulse(config: Config, local_world_size: int) -> Pulse:
+    """This rank's log file and heartbeat, and on the first rank of a host the watch over its ranks."""
+    run_dir, rank = Path(config.output_dir), int(os.environ.get("RANK", "0"))
+    open_log_file(run_dir, rank)
+    pulse = Pulse(run_dir, rank, host_name(), timeout_s=config.parallel.timeout_s)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        watch.start(run_dir, host_name(), range(rank, rank + local_world_size), config.parallel.timeout_s)
+    return pulse
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, train. A configuration error is one line on stderr and exit code 1."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -62,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = configure(sys.argv[1:] if argv is None else argv, world_size=world_size, gpus_per_host=gpus_per_host)
         check_device(config)
-    except ValueError as error:
+        pulse = take_pulse(config, gpus_per_host)
+    except (ValueError, OSError) as error:
         refuse(error, int(os.environ.get("LOCAL_RANK", "0")))
     if config.parallel.tp_size > 1:
         # One queue to the GPU: Megatron's tensor-parallel collectives overlap with the matrix products only if they start in program order.
@@ -71,12 +106,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.parallel.ring_size > 1:
         # A transfer that starts beside a running attention kernel must not wait until the last block of that kernel has found its place.
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
-    from torch.distributed.elastic.multiprocessing.errors import record
+    try:
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-    from megatron_longvila.training.loop import train
+        from megatron_longvila.training.loop import train
 
-    # torchrun ends every rank when one fails; `record` leaves the traceback of that rank where torchrun's summary looks for it.
-    record(train)(config)
+        # torchrun ends every rank when one fails; `record` leaves the traceback of that rank where torchrun's summary looks for it.
+        record(train)(config, pulse)
+    except BaseException as error:
+        pulse.fail(error)
+        raise
+    pulse.end()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "platform": 0,
     "kernels": 0,
+    "pulse": 0,
     "config": 1,
     "config_io": 1,
     "config_check": 1,
@@ -28,7 +29,9 @@ LAYERS = {
     "training": 7,
     "inference": 7,
     "evaluation": 7,
+    "watch": 7,
     "train": 8,
+    "diagnose": 8,
     "doctor": 8,
 }
 CONFIGURATION = {"config", "config_io", "config_check", "config_check_model", "mesh", "mesh_cost"}

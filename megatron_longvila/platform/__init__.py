@@ -67,6 +67,11 @@ def shutdown_distributed() -> None:
         dist.destroy_process_group()
 
 
+def collectives_begun() -> int:
+    """Collectives that this rank has begun so far on all its groups: two waits with different numbers are different waits."""
+    return sum(group._get_sequence_number_for_group() for group in dist.distributed_c10d._world.pg_map)
+
+
 def synchronize() -> None:
     """Wait for the device; nothing to wait for on a CPU."""
     if not is_cpu():

@@ -31,6 +31,7 @@ from megatron_longvila.data.training_data import open_training_data
 from megatron_longvila.models.longvila import build_model
 from megatron_longvila.parallel.groups import Groups, initialize_groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
+from megatron_longvila.pulse import Pulse
 from megatron_longvila.training import metrics
 from megatron_longvila.training.loss import token_loss
 from megatron_longvila.training.optimizer import apply_settings, build_optimizer, build_scheduler, freeze, step, wrap_ddp
@@ -58,6 +59,7 @@ class Run:
         parameters: how many parameters of each part train and do not.
         origin: the folder whose weights the run began with; None if they were fresh or nothing is compared with them.
         first_step: steps done by the run this one continues.
+        pulse: what this rank leaves for whoever asks why the job ended.
     """
 
     config: Config
@@ -72,6 +74,7 @@ class Run:
     total_steps: int
     first_step: int
     folder: Path
+    pulse: Pulse
 
 
 @dataclass
@@ -85,12 +88,16 @@ class Pace:
     data_wait_s: float = 0.0
     recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=PACE_STEPS))
 
+    def eta_s(self, steps: int) -> float:
+        """Seconds that so many steps take at the recent pace."""
+        return steps * sum(self.recent_s) / len(self.recent_s)
+
     def reset(self) -> None:
         """Begin the next logging interval."""
         self.tokens = self.frames = self.flops = self.elapsed_s = self.data_wait_s = 0.0
 
 
-def train(config: Config) -> None:
+def train(config: Config, pulse: Pulse) -> None:
     """Train as `config` says on the ranks of this job; returns on every rank after the last step, or after a signal and its checkpoint.
 
     Raises:
@@ -98,15 +105,16 @@ def train(config: Config) -> None:
         FloatingPointError: loss or gradient is not finite; names step, ranks and samples.
     """
     platform.init_distributed(config.parallel.timeout_s)
+    pulse.progress = platform.collectives_begun
     with StopSignal() as stop:
-        run = build_run(config)
+        run = build_run(config, pulse)
         fit(run, stop)
     # Not in a `finally`: after an error the other ranks may be inside a collective, and leaving the job politely would wait for them.
     platform.shutdown_distributed()
 
 
-def build_run(config: Config) -> Run:
-    """Groups, model, optimizer, data and, if there is something to continue, its state."""
+def build_run(config: Config, pulse: Pulse | None = None) -> Run:
+    """Groups, model, optimizer, data and, if there is something to continue, its state. Without `pulse` a plain one is made."""
     groups = initialize_groups(check(config, dist.get_world_size()), timeout_s=config.parallel.timeout_s)
     platform.seed(config.training.seed, groups.pp.rank())
     folder, tokenizer = Path(config.output_dir), load_tokenizer(config.data.tokenizer)
@@ -139,7 +147,8 @@ def build_run(config: Config) -> Run:
     apply_settings(optimizer, scheduler, config)
     counts = count_parameters(model, config, groups)
     steps = (loader.num_steps, first_step)
-    return Run(config, groups, wrapped, state, checkpoints, evaluation, trainable_check, counts, origin, *steps, folder)
+    pulse = pulse or Pulse(folder, dist.get_rank())
+    return Run(config, groups, wrapped, state, checkpoints, evaluation, trainable_check, counts, origin, *steps, folder, pulse)
 
 
 def fit(run: Run, stop: StopSignal) -> None:
@@ -153,6 +162,7 @@ def fit(run: Run, stop: StopSignal) -> None:
             start = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - start
+            run.pulse.beat(number, "step", [name for one in batch for name in one.sample_ids])
             lr = run.state.optimizer.param_groups[0]["lr"]
             result = train_step(run, batch, number, stop.requested)
             pace.recent_s.append(time.perf_counter() - start)
@@ -162,13 +172,14 @@ def fit(run: Run, stop: StopSignal) -> None:
             report(run, log, pace, number, batch, {"lr": lr, "waited_s": waited} | result)
             last = number == run.total_steps
             if (last and config.checkpoint.save_at_end) or result["stop"] or (interval and number % interval == 0):
+                run.pulse.beat(number, "save")
                 with whole_parameters(run.model):
                     run.checkpoints.save(run.state, number)
             run.checkpoints.poll()
             if result["stop"] and not last:  # at once: whoever sent the signal will not wait for an evaluation
                 break
             if run.evaluation is not None and (last or (evaluation_interval and number % evaluation_interval == 0)):
-                record_evaluation(run, number, evaluate(run))
+                record_evaluation(run, number, evaluate(run, number))
     run.checkpoints.wait()
     done = number if run.first_step < run.total_steps else run.total_steps
     if done == run.total_steps:
@@ -185,7 +196,7 @@ def evaluate_if_missing(run: Run) -> None:
     found = [any(line["step"] == run.total_steps for line in metrics.read_lines(run.folder / "evaluation.jsonl"))]
     dist.broadcast_object_list(found, src=0)
     if not found[0]:
-        record_evaluation(run, run.total_steps, evaluate(run))
+        record_evaluation(run, run.total_steps, evaluate(run, run.total_steps))
 
 
 def check_end(run: Run) -> None:
@@ -266,12 +277,13 @@ def reduce_totals(run: Run, batch: list[MicroBatch], outputs: list[dict[str, tor
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> float | None:
-    """Mean loss per labelled token over the held-out rows, None if they have no label. Collective over all ranks."""
+def evaluate(run: Run, number: int) -> float | None:
+    """After step `number`: mean loss per labelled token over the held-out rows, None if they have no label. Collective over all ranks."""
     run.model.eval()
     loss_sum = count = 0.0
     with whole_parameters(run.model):
         for batch in run.evaluation:
+            run.pulse.beat(number, "evaluate", [name for one in batch for name in one.sample_ids])
             totals = reduce_totals(run, batch, forward_backward(run, batch, forward_only=True), False)
             loss_sum, count = loss_sum + totals[0], count + totals[1]
     run.model.train()
@@ -299,6 +311,7 @@ def report(run: Run, log: metrics.MetricsLog | None, pace: Pace, number: int, ba
     pace.data_wait_s += result["waited_s"]
     if log is not None:
         beat = {"step": number, "total_steps": run.total_steps, "time_s": time.time(), "pid": os.getpid()}
+        beat |= {"loss": result["loss"], "tokens_per_s": pace.tokens / pace.elapsed_s, "eta_s": pace.eta_s(run.total_steps - number)}
         metrics.write_json(run.folder / "heartbeat.json", beat)
     if number % run.config.logging.interval and number != run.total_steps and not result["stop"]:
         return
@@ -320,7 +333,7 @@ def report(run: Run, log: metrics.MetricsLog | None, pace: Pace, number: int, ba
             data_wait_s=data_wait_s,
             memory_gib=memory_gib,
             skipped_samples=len(loader.skipped | loader.unusable),
-            eta_s=(run.total_steps - number) * sum(pace.recent_s) / len(pace.recent_s),
+            eta_s=pace.eta_s(run.total_steps - number),
             sample_ids=sample_ids,
         )
         log.write(line.to_dict())

@@ -1,0 +1,216 @@
+"""Why a job ended, from what its ranks left in the run directory (`pulse.py`). Torch-free; for batch scripts and people.
+
+    python -m megatron_longvila.diagnose RUN_DIR --since UNIX_TIME [--exit_status N] [--log FILE]
+
+The first lines name host, rank and cause. The exit code says what to do:
+
+    0   the run stopped after a save because it was asked to (its marker is there)
+    10  a rank was lost to a signal, or ranks waited for each other beyond the limit: starting again from the last checkpoint makes sense
+    20  an exception, a loss that is not finite, a full disk, a configuration error: starting again would end the same way.
+        (A configuration error leaves no record: it is what an --exit_status below 128 without any heartbeat means.)
+    30  the run directory says nothing about it
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longvila.pulse import ENDED, read_records
+
+SAVED, RESTARTABLE, FINAL, UNKNOWN = 0, 10, 20, 30
+MARKER = "interrupted"  # what a run leaves that stopped after a save
+LOG_TAIL_BYTES = 4 << 20
+# What ranks say when a peer has gone or does not come. The one that says it is not the cause.
+ECHOES = re.compile(
+    r"Connection (closed|reset|refused)|closed by peer|Broken pipe|[Tt]imed ?out|NCCL|ncclRemoteError|Socket|recvValue|sendBytes|"
+    r"read: errno|Gloo connectFullMesh|store.*(wait|get).*fail|wait timeout|peers? (has|have) (gone|left)"
+)
+ECHO_TYPES = {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistError", "TimeoutError", "ConnectionError"}
+KILLED = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID (\d+)")  # torchrun about a rank
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One thing that went wrong on one rank.
+
+    Attributes:
+        time_s: when it was recorded, Unix time.
+        restartable: whether a new start from the last checkpoint may get further.
+        what: the cause in a line.
+        details: last heartbeat, traceback or stack, line by line.
+    """
+
+    time_s: float
+    rank: int
+    restartable: bool
+    host: str
+    what: str
+    details: str
+
+
+def diagnose(run_dir: Path, since_s: float, exit_status: int | None = None, log: Path | None = None) -> tuple[int, str]:
+    """(exit code, report) of the part of the run that began at `since_s` (Unix time).
+
+    Args:
+        exit_status: of the launcher, for the report.
+        log: the launcher's output; torchrun names there the signal that ended a rank.
+    """
+    marker = run_dir / MARKER
+    if marker.exists() and marker.stat().st_mtime >= since_s:
+        return SAVED, f"the run in {run_dir} was asked to stop, saved and left: {marker.read_text().strip()}"
+    beats = read_records(run_dir, "beat", since_s)
+    failures = read_records(run_dir, "failure", since_s)
+    seen = read_records(run_dir, "seen", since_s)
+    stalls = read_records(run_dir, "stall", since_s)
+    signals = read_signals(log) if log is not None else {}
+    own = {rank: record for rank, record in failures.items() if not is_echo(record)}
+    causes = [describe_exception(rank, record) for rank, record in own.items()]
+    causes += [describe_seen(rank, record, signals) for rank, record in seen.items() if rank not in own]
+    if not causes:
+        silent = {rank: beat for rank, beat in beats.items() if rank not in failures and beat["phase"] != ENDED}
+        causes = [describe_silent(rank, beat, signals) for rank, beat in silent.items()]
+    if not causes and failures:
+        causes = [describe_exception(rank, record) for rank, record in failures.items()]
+    if not causes:
+        refused = not beats and exit_status is not None and 0 < exit_status < 128  # by no signal, and before anything began
+        left = "every rank left as it should" if beats else "no rank got as far as its first heartbeat"
+        cause = "; a configuration error, or a program that does not start" if refused else ""
+        text = f"{run_dir} names no cause: {left}{describe_status(exit_status)}{cause}; see the job's log"
+        return (FINAL if refused else UNKNOWN), text
+    causes.sort(key=lambda cause: cause.time_s)
+    code = RESTARTABLE if causes[0].restartable else FINAL
+    return code, report(causes, failures, stalls)
+
+
+def is_echo(failure: dict[str, Any]) -> bool:
+    """Whether an exception only says that a peer has gone or does not come."""
+    return failure["type"] in ECHO_TYPES and ECHOES.search(failure["message"]) is not None
+
+
+def read_signals(log: Path) -> dict[int, int]:
+    """The signal that ended a process, by pid, as torchrun wrote it at the end of its log."""
+    with open(log, "rb") as stream:
+        stream.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+        text = stream.read().decode(errors="replace")
+    return {int(pid): int(number) for number, pid in KILLED.findall(text)}
+
+
+def describe_exception(rank: int, failure: dict[str, Any]) -> Cause:
+    """An exception with its traceback; one that only echoes a peer is restartable."""
+    what = f"{failure['type']}: {failure['message']}"
+    details = f"{describe_beat(failure['beat'])}\n{failure['traceback'].rstrip()}"
+    return Cause(failure["time_s"], rank, is_echo(failure), failure["host"], what, details)
+
+
+def describe_seen(rank: int, record: dict[str, Any], signals: dict[int, int]) -> Cause:
+    """What the watcher of a host saw of a rank that could not speak."""
+    details = [describe_beat(record["beat"])]
+    restartable = True
+    if record["cause"] == "lost":
+        number = record["signal"] or signals.get(record["pid"])
+        what = name_signal(number)
+        if number is None and record["exit_code"]:
+            what, restartable = f"ended with exit code {record['exit_code']} without an exception", False
+    else:
+        what = f"{record['cause']}, process state {record['state']}"
+        details += [*describe_waits(record["waiting"]), record["stack"].rstrip()]
+    what += f" (pid {record['pid']})"
+    return Cause(record["time_s"], rank, restartable, record["host"], what, "\n".join(details))
+
+
+def describe_silent(rank: int, beat: dict[str, Any], signals: dict[int, int]) -> Cause:
+    """A rank that stopped beating and of which nobody saw the end: killed with its watcher, or with its host."""
+    number = signals.get(beat["pid"])
+    what = name_signal(number) if number else "went silent: killed together with what watched it, or its host was lost"
+    return Cause(beat["time_s"], rank, True, beat["host"], what, describe_beat(beat))
+
+
+def describe_beat(beat: dict[str, Any]) -> str:
+    """The last heartbeat in a line."""
+    if not beat:
+        return "  no heartbeat"
+    samples = f", samples {', '.join(beat['sample_ids'])}" if beat["sample_ids"] else ""
+    at = time.strftime("%H:%M:%S", time.localtime(beat["time_s"]))
+    return f"  last heartbeat {at}: step {beat['step']}, phase {beat['phase']}{samples}"
+
+
+def describe_waits(waiting: Sequence[dict[str, Any]]) -> list[str]:
+    """Which ranks waited where, a line for each place."""
+    places: dict[str, list[dict[str, Any]]] = {}
+    for one in waiting:
+        places.setdefault(one["waits_in"], []).append(one)
+    return [
+        f"  {name_ranks(one['rank'] for one in those)} waited in {place} for {max(one['waited_s'] for one in those):.0f} s"
+        for place, those in places.items()
+    ]
+
+
+def describe_status(status: int | None) -> str:
+    """The launcher's exit status in words."""
+    if status is None:
+        return ""
+    return f" (exit status {status}{', ' + name_signal(status - 128) if status > 128 else ''})"
+
+
+def name_signal(number: int | None) -> str:
+    """What a signal did."""
+    if number is None:
+        return "ended by a signal that nobody saw"
+    known = number in {one.value for one in signal.Signals}
+    return f"killed by signal {number}" + (f" ({signal.Signals(number).name})" if known else "")
+
+
+def report(causes: Sequence[Cause], failures: dict[int, dict[str, Any]], stalls: dict[int, dict[str, Any]]) -> str:
+    """The first cause in full, the others by their first line, and where ranks waited if the first cause does not say so."""
+    first, *others = causes
+    lines = [f"host {first.host}, rank {first.rank}: {first.what}", first.details]
+    groups: dict[tuple[str, str], list[int]] = {}
+    for cause in others:
+        groups.setdefault((cause.host, cause.what), []).append(cause.rank)
+    lines += [f"also host {host}, {name_ranks(ranks)}: {what}" for (host, what), ranks in groups.items()]
+    echoing = failures.keys() - {cause.rank for cause in causes}
+    if echoing:
+        lines.append(f"{name_ranks(echoing)} lost touch and ended because of it")
+    if " waited in " not in first.details:
+        lines += describe_waits([one | {"waited_s": one["time_s"] - one["since_s"]} for one in stalls.values() if one["waits_in"]])
+    lines.append("starting again from the last checkpoint makes sense" if first.restartable else "starting again would end the same way")
+    return "\n".join(lines)
+
+
+def name_ranks(ranks: Iterable[int]) -> str:
+    """Ranks with runs of neighbours shortened: ranks 0-2, 7."""
+    pieces: list[list[int]] = []
+    for rank in sorted(ranks):
+        if pieces and pieces[-1][-1] == rank - 1:
+            pieces[-1][1:] = [rank]
+        else:
+            pieces.append([rank])
+    word = "rank" if len(pieces) == len(pieces[0]) == 1 else "ranks"
+    return f"{word} {', '.join('-'.join(map(str, piece)) for piece in pieces)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_longvila.diagnose", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--since", type=float, default=0.0, help="Unix time at which the launcher was started; older records are ignored")
+    parser.add_argument("--exit_status", type=int, help="of the launcher")
+    parser.add_argument("--log", type=Path, help="output of the launcher")
+    options = parser.parse_args(argv)
+    code, text = diagnose(options.run_dir, options.since, options.exit_status, options.log)
+    sys.stdout.write(text + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

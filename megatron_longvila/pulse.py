@@ -1,0 +1,172 @@
+"""What every rank leaves in the run directory, so that whoever asks afterwards why a job ended is told. Torch-free.
+
+    RUN/heartbeats/rank_00003.json    the rank's last beat: step, phase, sample_ids, time_s, host, pid, parent_pid
+    RUN/heartbeats/stall_00003.json   while it has not beaten for a while: the stacks of its threads and the collective it waits in
+    RUN/failures/rank_00003.json      the exception that ended it: type, message, traceback, and its last beat
+    RUN/failures/seen_00003.json      written by `watch.py` about a rank that cannot speak any more: killed, stopped, stuck
+
+A beat is one small file replaced in one step; it costs a write and a rename, once per optimizer step. The stacks come from a thread of the
+rank itself, so they need no debugger and no rights; a rank that is stopped or stuck in native code cannot run that thread, and `watch.py`
+looks at it from outside.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+HEARTBEATS, FAILURES = "heartbeats", "failures"
+ENDED = "ended"  # the phase of a rank that left as it should
+SAMPLES_PER_TIMEOUT = 8
+
+
+def record_path(run_dir: Path, kind: str, rank: int) -> Path:
+    """Where a record lies; `kind` is "beat", "stall", "failure" or "seen"."""
+    folder = HEARTBEATS if kind in ("beat", "stall") else FAILURES
+    prefix = kind if kind in ("stall", "seen") else "rank"
+    return run_dir / folder / f"{prefix}_{rank:05d}.json"
+
+
+def read_records(run_dir: Path, kind: str, since_s: float = 0.0) -> dict[int, dict[str, Any]]:
+    """The records of one kind by rank, those written at or after `since_s` (Unix time). A record that cannot be read is left out."""
+    found = {}
+    pattern = record_path(run_dir, kind, 0)
+    for path in sorted(pattern.parent.glob(pattern.name.replace("00000", "*"))):
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if record["time_s"] >= since_s:
+            found[int(path.stem.split("_")[1])] = record
+    return found
+
+
+def write_record(path: Path, values: dict[str, Any]) -> None:
+    """Replace a record in one step; a reader sees the old or the new one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values))
+    os.replace(temporary, path)
+
+
+class Pulse:
+    """The records of one rank. `beat` belongs to the main thread.
+
+    Attributes:
+        last: the last beat.
+        progress: returns a number that grows with every collective this rank begins; two waits in the same place with different numbers
+            are two waits. `platform.collectives_begun` once the job is joined.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, host: str | None = None, *, timeout_s: float | None = None):
+        """Make the folders and forget what this rank left in an earlier run.
+
+        Args:
+            host: what the job calls this host; its own name if not given.
+            timeout_s: the limit of a collective; a rank without a beat for an eighth of it begins to write its stacks. None: it never does.
+
+        Raises OSError if the run directory cannot be written.
+        """
+        self.run_dir, self.rank, self.host = run_dir, rank, host or socket.gethostname()
+        self.progress: Callable[[], int] = int
+        self.last: dict[str, Any] = {}
+        self._warned = False
+        self._ended = threading.Event()
+        for kind in ("beat", "stall", "failure", "seen"):
+            path = record_path(run_dir, kind, rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+        self.beat(0, "start")
+        if timeout_s is not None:
+            thread = threading.Thread(target=self._watch_stalls, args=(timeout_s / SAMPLES_PER_TIMEOUT,), name="pulse", daemon=True)
+            thread.start()
+
+    def beat(self, step: int, phase: str, sample_ids: Sequence[str] = ()) -> None:
+        """Say that `phase` of `step` has begun on these samples: start, step, save, evaluate, ended.
+
+        A beat that cannot be written is a warning, once: training does not end for it.
+        """
+        self.last = self._stamp() | {"step": step, "phase": phase, "sample_ids": list(sample_ids), "parent_pid": os.getppid()}
+        try:
+            write_record(record_path(self.run_dir, "beat", self.rank), self.last)
+        except OSError as error:
+            if not self._warned:
+                logger.warning("the heartbeat of rank %d cannot be written: %s", self.rank, error)
+            self._warned = True
+
+    def end(self) -> None:
+        """The rank leaves as it should."""
+        self._ended.set()
+        self.beat(self.last["step"], ENDED)
+
+    def fail(self, error: BaseException) -> None:
+        """Record what ends this rank. On a full disk the record is in the log alone."""
+        self._ended.set()
+        values = self._stamp() | {"type": type(error).__name__, "message": str(error), "beat": self.last}
+        values["traceback"] = "".join(traceback.format_exception(error))
+        try:
+            write_record(record_path(self.run_dir, "failure", self.rank), values)
+        except OSError as full:
+            logger.error("the failure of rank %d cannot be recorded: %s\n%s", self.rank, full, values["traceback"])
+
+    def _stamp(self) -> dict[str, Any]:
+        return {"rank": self.rank, "host": self.host, "pid": os.getpid(), "time_s": time.time()}
+
+    def _watch_stalls(self, interval_s: float) -> None:
+        """Body of the thread: between two looks without a beat in between the rank has stalled."""
+        seen, place, since_s = self.last, None, 0.0
+        path = record_path(self.run_dir, "stall", self.rank)
+        while not self._ended.wait(interval_s):
+            if self.last is not seen:
+                if place is not None:
+                    path.unlink(missing_ok=True)
+                seen, place = self.last, None
+                continue
+            stacks = thread_stacks()
+            waits_in = next(filter(None, map(describe_wait, stacks.values())), None)
+            if place != (waits_in, self.progress()):
+                place, since_s = (waits_in, self.progress()), time.time()
+            text = "\n".join(f"{name}:\n{''.join(stack.format())}" for name, stack in stacks.items())
+            record = self._stamp() | {"waits_in": waits_in, "since_s": since_s, "stack": text, "beat": seen}
+            try:
+                write_record(path, record)
+            except OSError as error:
+                logger.warning("the stacks of rank %d cannot be written (%s):\n%s", self.rank, error, text)
+
+
+def thread_stacks() -> dict[str, traceback.StackSummary]:
+    """Stacks of all threads of this process but the calling one, by name, the main thread first."""
+    frames = sys._current_frames()
+    threads = sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread())
+    names = {thread.ident: thread.name for thread in threads}
+    order = [ident for ident in names if ident in frames] + [ident for ident in frames if ident not in names]
+    order.remove(threading.get_ident())
+    return {names.get(ident, f"thread {ident}"): traceback.extract_stack(frames[ident]) for ident in order}
+
+
+def describe_wait(stack: Sequence[traceback.FrameSummary]) -> str | None:
+    """The collective a stack (outermost frame first) waits in and who called it; None if it waits in none."""
+    inner = list(stack)
+    calls = []
+    while inner and any(part in inner[-1].filename for part in ("/torch/", "/megatron_longvila/platform/")):
+        frame = inner.pop()
+        if "/torch/distributed/" in frame.filename and frame.name != "wrapper":
+            calls.append(frame.name)
+    if not inner:
+        return None
+    caller, in_torch = inner[-1], len(inner) < len(stack)
+    if not calls and (in_torch or ".wait(" not in (caller.line or "") or "/megatron" not in caller.filename):
+        return None  # at work, or a thread that waits for another one
+    name = calls[-1] if calls else "wait"
+    path = Path(caller.filename)
+    return f"{name} at {'/'.join(path.parts[-3:])}:{caller.lineno} in {caller.name}"

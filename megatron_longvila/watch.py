@@ -1,0 +1,241 @@
+"""Looks at the ranks of one host from outside and names those that cannot speak: killed, stopped, stuck. Torch-free.
+
+    python -m megatron_longvila.watch RUN_DIR --host NAME --agent PID --first_rank 0 --num_ranks 8 --timeout_s 600
+
+The training program starts it on every host (its local rank 0 does), in a session of its own, and it ends with the ranks.
+
+* A rank that ends without having recorded a failure is `lost`; the kernel tells by which signal.
+* A rank has the others waiting when they have been in one collective for a quarter of the time limit and it is in none. It is named with
+  its process state, what the others wait in, and its stack (py-spy where installed), while all of them are still there.
+* After three quarters of the limit it is killed: its peers are about to time out anyway, and a launcher waits half a minute for a process
+  that is stopped and cannot take its SIGTERM. So the job is down within the limit.
+
+Peers may be on other hosts: what they wait in is read from the run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longvila.pulse import ENDED, read_records, record_path, write_record
+
+logger = logging.getLogger(__name__)
+
+NAMED_AFTER, KILLED_AFTER, LOOKS = 1 / 4, 3 / 4, 16  # shares of the time limit, and looks in one
+LONGEST_TICK_S = 1.0
+PY_SPY_LIMIT_S = 20.0
+STOPPED = {"T", "t"}
+
+
+@dataclass
+class Watched:
+    """A rank of this host.
+
+    Attributes:
+        descriptor: readable once the process has ended.
+        stopped_s: since when it is stopped (monotonic), None if it runs.
+        named: its record is written.
+    """
+
+    rank: int
+    pid: int
+    descriptor: int
+    beat: dict[str, Any]
+    stopped_s: float | None = None
+    named: bool = False
+    alive: bool = True
+
+
+class Watch:
+    """Watches the ranks `ranks` of one host, children of the launcher `agent`."""
+
+    def __init__(self, run_dir: Path, host: str, agent: int, ranks: range, timeout_s: float):
+        self.run_dir, self.host, self.agent, self.ranks, self.timeout_s = run_dir, host, agent, ranks, timeout_s
+        self.watched: dict[int, Watched] = {}
+        self.tick_s = min(LONGEST_TICK_S, timeout_s / (4 * LOOKS))
+
+    def run(self) -> None:
+        """Watch until every rank has ended, or the launcher has and no rank is left."""
+        looked = resumed = time.monotonic()
+        while True:
+            self.find_ranks()
+            before = time.monotonic()
+            self.wait()
+            now = time.monotonic()
+            if now - before > self.tick_s + self.timeout_s / LOOKS:
+                resumed = now  # this process was stopped too, and with it probably the whole job: what is old is no sign of anything
+            alive = [one for one in self.watched.values() if one.alive]
+            if not alive and (len(self.watched) == len(self.ranks) or not is_running(self.agent)):
+                return
+            for one in alive:
+                one.stopped_s = (one.stopped_s or now) if process_state(one.pid)[:1] in STOPPED else None
+            if now - looked > self.timeout_s / LOOKS and now - resumed > self.timeout_s * NAMED_AFTER:
+                looked = now
+                self.look(alive)
+
+    def find_ranks(self) -> None:
+        """Begin to watch ranks that have beaten for the first time."""
+        missing = [rank for rank in self.ranks if rank not in self.watched]
+        if not missing:
+            return
+        beats = read_records(self.run_dir, "beat")
+        for rank in missing:
+            beat = beats.get(rank)
+            if beat is None or (beat["host"], beat["parent_pid"]) != (self.host, self.agent):
+                continue  # not there yet; the file is of an earlier run
+            try:
+                descriptor = os.pidfd_open(beat["pid"])
+            except ProcessLookupError:
+                self.watched[rank] = Watched(rank, beat["pid"], -1, beat, alive=False)
+                self.bury(self.watched[rank], None)
+                continue
+            self.watched[rank] = Watched(rank, beat["pid"], descriptor, beat)
+
+    def wait(self) -> None:
+        """Sleep for a tick, or until a rank ends."""
+        poll = select.poll()
+        by_descriptor = {one.descriptor: one for one in self.watched.values() if one.alive}
+        for descriptor in by_descriptor:
+            poll.register(descriptor, select.POLLIN)
+        for descriptor, _ in poll.poll(self.tick_s * 1000):
+            one = by_descriptor[descriptor]
+            status = exit_status(one.pid)  # at once: after its parent has fetched it nobody knows
+            one.alive = False
+            os.close(descriptor)
+            self.bury(one, status)
+
+    def bury(self, one: Watched, status: int | None) -> None:
+        """Record the end of a rank that has not spoken of it. `status` is the kernel's, None if its parent was faster."""
+        one.beat = read_records(self.run_dir, "beat").get(one.rank, one.beat)
+        if one.named or one.beat["phase"] == ENDED or record_path(self.run_dir, "failure", one.rank).exists():
+            return
+        number, code = (None, None) if status is None else (status & 0x7F or None, status >> 8)
+        self.record(one, {"cause": "lost", "signal": number, "exit_code": code})
+        logger.error("rank %d (pid %d) has ended: %s", one.rank, one.pid, f"signal {number}" if number else f"exit code {code}")
+
+    def look(self, alive: list[Watched]) -> None:
+        """Name, and in the end kill, the ranks of this host for which the others wait."""
+        now, old = time.time(), self.timeout_s * NAMED_AFTER
+        beats = read_records(self.run_dir, "beat")
+        for one in alive:
+            one.beat = beats.get(one.rank, one.beat)
+        late = [one for one in alive if now - one.beat["time_s"] > old and one.beat["phase"] != ENDED]
+        if not late:
+            return
+        stalls = read_records(self.run_dir, "stall", now - old)
+        waiting = [
+            {"rank": rank, "waits_in": stall["waits_in"], "waited_s": now - stall["since_s"]}
+            for rank, stall in stalls.items()
+            if stall["waits_in"]
+        ]
+        waited_s = max((one["waited_s"] for one in waiting), default=0.0)
+        absent = [one for one in late if one.rank not in {peer["rank"] for peer in waiting}]
+        for one in absent:
+            is_stopped = one.stopped_s is not None and time.monotonic() - one.stopped_s > old
+            if not one.named and (is_stopped or waited_s > old):
+                self.name(one, waiting, stalls.get(one.rank))
+            if one.named and waited_s > self.timeout_s * KILLED_AFTER:
+                logger.error("rank %d (pid %d) is killed: its peers have waited for %.0f s", one.rank, one.pid, waited_s)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one.pid, signal.SIGKILL)
+
+    def name(self, one: Watched, waiting: list[dict[str, Any]], stall: dict[str, Any] | None) -> None:
+        """Write down what can be seen of a rank for which the others wait."""
+        state = process_state(one.pid)
+        stack = stack_of(one.pid)
+        if stall is not None:
+            stack += f"\nits own account:\n{stall['stack']}"
+        self.record(one, {"cause": "stopped" if state[:1] in STOPPED else "stuck", "state": state, "waiting": waiting, "stack": stack})
+        one.named = True
+        places = "; ".join(sorted({peer["waits_in"] for peer in waiting})) or "nothing yet"
+        logger.error("rank %d (pid %d) does not go on: state %s; the others wait in %s\n%s", one.rank, one.pid, state, places, stack)
+
+    def record(self, one: Watched, values: dict[str, Any]) -> None:
+        stamp = {"rank": one.rank, "host": self.host, "pid": one.pid, "time_s": time.time(), "beat": one.beat}
+        try:
+            write_record(record_path(self.run_dir, "seen", one.rank), stamp | values)
+        except OSError as error:
+            logger.error("what was seen of rank %d cannot be recorded (%s): %s", one.rank, error, values)
+
+
+def process_state(pid: int) -> str:
+    """State of a process in the kernel's words ("T (stopped)") and, for one that sleeps, in what; empty if it has ended."""
+    try:
+        with open(f"/proc/{pid}/status") as stream:
+            state = next(line.split(maxsplit=1)[1].strip() for line in stream if line.startswith("State:"))
+        with open(f"/proc/{pid}/wchan") as stream:
+            where = stream.read().strip("0\n ")
+    except (OSError, StopIteration):
+        return ""
+    return f"{state} in {where}" if where else state
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    return process_state(pid)[:1] not in ("", "Z", "X")
+
+
+def exit_status(pid: int) -> int | None:
+    """Wait status of a process that has ended and that its parent has not fetched yet, None if it has."""
+    try:
+        with open(f"/proc/{pid}/stat") as stream:
+            fields = stream.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[-1]) if fields[0] == "Z" else None
+
+
+def stack_of(pid: int) -> str:
+    """Python stack of another process by py-spy, or why there is none."""
+    beside = Path(sys.executable).with_name("py-spy")
+    program = shutil.which("py-spy") or (str(beside) if beside.exists() else None)
+    if program is None:
+        return "no stack: py-spy is not installed (pip install py-spy)"
+    try:
+        done = subprocess.run([program, "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, text=True, timeout=PY_SPY_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return f"no stack: py-spy gave none within {PY_SPY_LIMIT_S:.0f} s"
+    return done.stdout if done.returncode == 0 else f"no stack: {done.stderr.strip()}"
+
+
+def start(run_dir: Path, host: str, ranks: range, timeout_s: float) -> None:
+    """Start the watch of this host, from its first rank, in a session of its own: what ends the ranks must not end it first."""
+    words = [run_dir, "--host", host, "--agent", os.getppid(), "--first_rank", ranks.start, "--num_ranks", len(ranks)]
+    line = [sys.executable, "-m", "megatron_longvila.watch", *map(str, words), "--timeout_s", str(timeout_s)]
+    subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Watch until the ranks have ended."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_longvila.watch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--host", required=True, help="as the ranks call it in their heartbeats")
+    parser.add_argument("--agent", type=int, required=True, help="process id of the launcher, the parent of the ranks")
+    parser.add_argument("--first_rank", type=int, default=0)
+    parser.add_argument("--num_ranks", type=int, default=1)
+    parser.add_argument("--timeout_s", type=float, required=True, help="parallel.timeout_s of the run")
+    options = parser.parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # meant for the ranks, whose end is what this waits for
+    logging.basicConfig(format=f"%(asctime)s [watch {options.host}] %(message)s", datefmt="%H:%M:%S")
+    ranks = range(options.first_rank, options.first_rank + options.num_ranks)
+    Watch(options.run_dir, options.host, options.agent, ranks, options.timeout_s).run()
+
+
+if __name__ == "__main__":
+    main()
