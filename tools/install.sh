@@ -1,4 +1,5 @@
-# Sourced by the scripts that install: `install EXTRAS` makes sure torch and this package are there and sets PYTHON.
+# Sourced by the scripts that install: `install EXTRAS` makes sure torch and this package are there and sets PYTHON;
+# `install_programs PROGRAM=PACKAGE...` makes sure programs from Debian packages are there.
 #
 #   TORCH_REQUIREMENT   what to install as torch instead of the version below, e.g. torch==2.13.0+cpu
 #   PYTHON              the interpreter to make a virtual environment with, when none is active
@@ -28,6 +29,22 @@ install() { # EXTRAS, as in "dev,hf"
   fi # else: the environment's own torch stays; pip replaces it below if it is outside the tested range
   "$PYTHON" -m pip install --editable "$root${1:+[$1]}"
   echo "$wanted" >"$stamp"
+}
+
+install_programs() { # PROGRAM=PACKAGE...: what is missing, with apt-get, which needs root
+  local pair missing=()
+  for pair in "$@"; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
+  done
+  ((${#missing[@]})) || return 0
+  if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
+    echo "error: the Debian packages ${missing[*]} are missing, and installing them needs root and apt-get;" \
+      "run: sudo apt-get update && sudo apt-get install --no-install-recommends ${missing[*]}" >&2
+    return 1
+  fi
+  echo "Installing ${missing[*]}" >&2
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 }
 
 _make_venv() { # DIR

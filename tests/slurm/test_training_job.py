@@ -1,0 +1,218 @@
+"""train.sbatch on two virtual nodes of two ranks each: it trains what one process trains, and comes back from whatever takes its nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from programs import ROOT, read_lines, start
+from slurm_cluster import Cluster
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 24
+SBATCH = ROOT / "examples/slurm/train.sbatch"
+NODES = ("--nodes=2", "--cpus-per-task=2")
+
+
+def words(data: Path, output: Path, *flags: object) -> list[str]:
+    """CONFIG and flags: ulysses inside a node, ring across the two."""
+    found = (
+        ROOT / "examples/models/tiny.yaml", "--output_dir", output, "--data.train", f"[{data}/dataset]", "--data.tokenizer",
+        f"{data}/tokenizer.model", "--data.template", "plain", "--model.llm.vocab_size", 448, "--data.context_length", 128,
+        "--data.global_batch_size", 2, "--optimizer.lr", 0.001, "--training.steps", STEPS, "--parallel.ulysses_size", 2,
+        "--parallel.ring_size", 2, "--logging.sample_ids", "true", *flags,
+    )  # fmt: skip
+    return list(map(str, found))
+
+
+def losses(output: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_lines(output / "metrics.jsonl")]
+
+
+def heartbeat(output: Path) -> int:
+    """The last step that the run has done."""
+    path = output / "heartbeat.json"
+    return json.loads(path.read_text())["step"] if path.exists() else 0
+
+
+def await_step(output: Path, step: int, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while heartbeat(output) < step:
+        assert time.monotonic() < deadline, f"step {step} of {output} was not reached within {timeout_s} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster, data: Path, tmp_path_factory) -> Path:
+    """The run that nothing disturbs."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    job = cluster.submit(*NODES, SBATCH, *words(data, output))
+    cluster.wait(job, "COMPLETED")
+    return output
+
+
+def test_two_nodes_train_what_one_process_trains(whole: Path, data: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "run"
+    single = ("--parallel.ulysses_size", 1, "--parallel.ring_size", 1)
+    code, text = start(sys.executable, "-m", "megatron_longvila.train", "--config", *words(data, alone, *single))
+    assert code == 0, text
+    assert [step for step, _ in losses(whole)] == list(range(1, STEPS + 1))
+    for (step, one), (_, other) in zip(losses(whole), losses(alone), strict=True):
+        assert abs(one - other) <= 1e-5 * abs(other), (step, one, other)
+
+
+def minutes_since_start(cluster: Cluster, job: int) -> int:
+    hours, minutes, _ = cluster.show(job)["RunTime"].split(":")
+    return 60 * int(hours) + int(minutes)
+
+
+def await_rank(output: Path, rank: int, step: int) -> int:
+    """The process id of a rank once it has begun a step."""
+    path, deadline = output / "heartbeats" / f"rank_{rank:05d}.json", time.monotonic() + 180
+    while True:
+        beat = json.loads(path.read_text()) if path.exists() else {"step": 0, "pid": 0}
+        if beat["step"] >= step and psutil.pid_exists(beat["pid"]):
+            return beat["pid"]
+        assert time.monotonic() < deadline, f"rank {rank} of {output} did not reach step {step}: {beat}"
+        time.sleep(0.05)
+
+
+def await_end(pid: int) -> None:
+    """Of a process."""
+    deadline = time.monotonic() + 120
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.1)
+
+
+def await_file(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.1)
+
+
+def await_log(cluster: Cluster, job: int, text: str) -> dict[str, str]:
+    """The job's fields once its log holds a text."""
+    deadline = time.monotonic() + 60
+    while text not in (log := cluster.log(facts := cluster.show(job))):
+        assert time.monotonic() < deadline, log
+        time.sleep(0.3)
+    return facts
+
+
+class Slowness:
+    """How slow the ranks of a job are, changed while they run (slow/sitecustomize.py)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.environment = {"SLOW_FILE": path, "PYTHONPATH": ROOT / "tests/slurm/slow"}
+        self.set(step=0.25)
+
+    def set(self, **seconds: float) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(seconds))
+        partial.rename(self.path)
+
+
+def test_whatever_takes_the_nodes_the_losses_stay(whole: Path, cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    """A preemption at a random step, one with a save of 40 s, an operator's requeue, and the time limit, all in the life of one job."""
+    output, slow = tmp_path / "run", Slowness(tmp_path / "slow.json")
+    job = cluster.submit(*NODES, "--time=20", "--signal=B:USR1@90", SBATCH, *words(data, output), **slow.environment)
+    at = random.randint(1, 6)
+    await_step(output, at)
+    cluster.preempt()
+    cluster.wait(job, "PENDING")
+    await_step(output, at + 5)
+    slow.set(step=0.25, save=40)
+    cluster.preempt()
+    cluster.wait(job, "PENDING")
+    slow.set(step=0.25)
+    await_step(output, at + 10)
+    cluster.run("scontrol", "requeue", job)
+    cluster.wait(job, "PENDING")
+    await_step(output, at + 14)
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes_since_start(cluster, job) + 2}")
+    cluster.wait(job, "PENDING")
+    facts = cluster.wait(job, "COMPLETED")
+    assert facts["Restarts"] == "4" and not (output / "interrupted").exists()
+    assert losses(output) == losses(whole), cluster.log(facts)  # to the last bit
+
+
+def test_lost_ranks_are_restarted_inside_the_allocation(whole: Path, cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    """A killed and a stopped rank, named with host and cause; a third loss before the next checkpoint is one too many."""
+    output, slow = tmp_path / "run", Slowness(tmp_path / "slow.json")
+    flags = ("--checkpoint.save_interval", 6, "--parallel.timeout_s", 60)
+    job = cluster.submit(*NODES, SBATCH, *words(data, output, *flags), LONGVILA_MAX_RESTARTS=1, **slow.environment)
+    after = cluster.submit(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap=true")
+    lost = [(3, signal.SIGKILL), (2, signal.SIGSTOP), (1, signal.SIGKILL)]
+    for (rank, number), step in zip(lost, (7, 13, 14), strict=True):
+        pid = await_rank(output, rank, step)
+        os.kill(pid, number)
+        await_end(pid)
+    facts = cluster.wait(job, "FAILED", timeout_s=120)
+    log = cluster.log(facts)
+    assert log.count("starting again inside the allocation from step_00000") == 2, log
+    assert "host vn2, rank 3: killed by signal 9 (SIGKILL)" in log and "host vn1, rank 1: killed by signal 9 (SIGKILL)" in log, log
+    assert "host vn2, rank 2: stopped, process state T" in log and "lost ranks 2 times without a new checkpoint" in log, log
+    assert facts["Restarts"] == "0"
+    done = losses(output)
+    assert len(done) >= 13 and done == losses(whole)[: len(done)]  # to the last bit
+    assert cluster.wait(after, "CANCELLED")
+
+
+def test_an_exception_ends_the_job_and_its_dependents(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "data"
+    shutil.copytree(data, broken)
+    for shard in broken.glob("dataset/shards/*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    job = cluster.submit(*NODES, SBATCH, *words(broken, tmp_path / "run", "--data.max_bad_fraction", 0.0))
+    after = cluster.submit(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap=true")
+    log = cluster.log(cluster.wait(job, "FAILED"))
+    assert "Traceback (most recent call last)" in log and "is not started again" in log and "try 2" not in log, log
+    assert cluster.wait(after, "CANCELLED")
+
+
+def test_scancel_stays_cancelled(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    output, slow = tmp_path / "run", Slowness(tmp_path / "slow.json")
+    job = cluster.submit(*NODES, SBATCH, *words(data, output), **slow.environment)
+    await_step(output, 2)
+    cluster.run("scancel", job)
+    await_file(output / "interrupted")
+    step = json.loads((output / "interrupted").read_text())["step"]
+    facts = await_log(cluster, job, "saved; the job is CANCELLED and is not requeued")
+    assert facts["JobState"] == "CANCELLED" and facts["Restarts"] == "0" and step < STEPS
+    assert (output / "checkpoints" / "latest").read_text() == f"step_{step:07d}\n"
+
+
+def test_a_lost_node(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    """A job that one node is enough for goes on there; one that needs two waits, says so, and goes on when the node is back."""
+    small, large, slow = tmp_path / "small", tmp_path / "large", Slowness(tmp_path / "slow.json")
+    slow.set(step=1.0)
+    flags = ("--checkpoint.save_interval", 2, "--training.steps", 12)
+    one = ("--parallel.ulysses_size", 2, "--parallel.ring_size", 1)
+    first = cluster.submit("--nodes=1-2", SBATCH, *words(data, small, *flags, *one), **slow.environment)
+    second = cluster.submit("--nodes=2", SBATCH, *words(data, large, *flags), **slow.environment)
+    await_step(small, 3)
+    await_step(large, 3)
+    assert cluster.show(first)["NumNodes"] == "2"
+    cluster.lose_node("vn2")
+    slow.set(step=0.0)
+    facts = cluster.wait(first, "COMPLETED", timeout_s=240)
+    assert facts["NodeList"] == "vn1" and facts["Restarts"] == "1"
+    facts = cluster.show(second)
+    assert facts["JobState"] == "PENDING" and facts["Restarts"] == "1"
+    assert "it waits for 2 healthy nodes" in cluster.log(facts), cluster.log(facts)
+    cluster.start_node("vn2")
+    cluster.wait(second, "COMPLETED")
+    for output in (small, large):
+        assert [step for step, _ in losses(output)] == list(range(1, 13))
