@@ -159,7 +159,9 @@ class Cluster:
         return done.stdout
 
     def idle(self) -> int:
-        return int(self.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False).strip() or 0)
+        """Nodes that wait for work; 0 as well while Slurm does not answer yet."""
+        text = self.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False).strip()
+        return int(text) if text.isdigit() else 0
 
     def submit(self, *words: object, **environment: object) -> int:
         """sbatch; returns the job's number."""

@@ -152,7 +152,8 @@ def test_a_container_is_put_around_python_on_every_node(runtime: str, tmp_path: 
     for name in ("srun", "apptainer"):
         (tmp_path / "bin" / name).write_text(f'#!/bin/bash\necho {name} "$@"\n')
         (tmp_path / "bin" / name).chmod(0o755)
-    text = f'root={ROOT}; source {SLURM}/job.sh; load_site; on_one_node python here; run_step srun "${{step_options[@]}}" "${{inside[@]}}" there'
+    text = f"root={ROOT}; source {SLURM}/job.sh; load_site; on_one_node python here; "
+    text += 'run_step srun "${step_options[@]}" "${inside[@]}" there'
     settings = {"LONGVILA_CONTAINER": "/images/a.sif", "LONGVILA_CONTAINER_RUNTIME": runtime, "LONGVILA_CONTAINER_MOUNTS": "/data:/data"}
     done = bash("-c", text, SLURM_JOB_ID="7", PATH=f"{tmp_path}/bin:{os.environ['PATH']}", **settings)
     assert done.returncode == 0, done.stderr

@@ -116,7 +116,7 @@ class Slowness:
     def __init__(self, path: Path):
         self.path = path
         self.environment = {"SLOW_FILE": path, "PYTHONPATH": ROOT / "tests/slurm/slow"}
-        self.set(step=0.25)
+        self.set(step=1)
 
     def set(self, **seconds: float) -> None:
         partial = self.path.with_suffix(".partial")
@@ -132,17 +132,19 @@ def test_whatever_takes_the_nodes_the_losses_stay(whole: Path, cluster: Cluster,
     await_step(output, at)
     cluster.preempt()
     cluster.wait(job, "PENDING")
-    await_step(output, at + 5)
-    slow.set(step=0.25, save=40)
+    await_step(output, at + 4)
+    slow.set(step=1, save=40)
     cluster.preempt()
     cluster.wait(job, "PENDING")
-    slow.set(step=0.25)
-    await_step(output, at + 10)
+    slow.set(step=1)
+    await_step(output, at + 8)
     cluster.run("scontrol", "requeue", job)
     cluster.wait(job, "PENDING")
-    await_step(output, at + 14)
+    await_step(output, at + 12)
+    slow.set(step=8)  # Slurm looks at time limits twice a minute
     cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes_since_start(cluster, job) + 2}")
     cluster.wait(job, "PENDING")
+    slow.set(step=0)
     facts = cluster.wait(job, "COMPLETED")
     assert facts["Restarts"] == "4" and not (output / "interrupted").exists()
     assert losses(output) == losses(whole), cluster.log(facts)  # to the last bit
