@@ -173,11 +173,11 @@ class Cluster:
             "--partition=urgent", f"--nodes={NODES}", f"--cpus-per-task={CPUS}", "--output=/dev/null", f"--wrap=sleep {seconds}"
         )
 
-    def show(self, job: int) -> dict[str, str]:
-        """Fields of `scontrol show job`."""
+    def show(self, job: int | str) -> dict[str, str]:
+        """Fields of `scontrol show job`; a task of an array is "12_0"."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", job)))
 
-    def wait(self, job: int, *states: str, timeout_s: float = 180.0) -> dict[str, str]:
+    def wait(self, job: int | str, *states: str, timeout_s: float = 180.0) -> dict[str, str]:
         """The job's fields once it is in one of `states`. AssertionError with its log when it ends otherwise or takes too long."""
         deadline = time.monotonic() + timeout_s
         while (facts := self.show(job))["JobState"] not in states:

@@ -104,3 +104,31 @@ def test_a_missing_venv_module_names_the_debian_package(checkout):
     assert done.returncode == 1 and pip == []
     assert "sudo apt-get install python3.12-venv" in done.stderr
     assert not (checkout / ".venv").exists()
+
+
+def install_programs(checkout: Path, *pairs: str, uid: int) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Run `install_programs` with a stand-in for apt-get; returns how it ended and the apt-get commands."""
+    log = checkout / "apt.log"
+    for name, body in (("apt-get", f'echo "$*" >>{log}'), ("id", f"echo {uid}")):
+        (checkout / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (checkout / "bin" / name).chmod(stat.S_IRWXU)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"source tools/install.sh; install_programs {' '.join(pairs)}"],
+        cwd=checkout, env=os.environ | {"PATH": f"{checkout}/bin:{os.environ['PATH']}"}, capture_output=True, text=True,
+    )  # fmt: skip
+    return done, log.read_text().splitlines() if log.exists() else []
+
+
+def test_missing_programs_are_installed_by_root(checkout):
+    done, apt = install_programs(checkout, "bash=bash", "no-such-a=one", "no-such-b=two", uid=0)
+    assert done.returncode == 0 and apt == ["update -qq", "install -y -qq --no-install-recommends one two"]
+
+
+def test_missing_programs_are_named_to_others(checkout):
+    done, apt = install_programs(checkout, "no-such-a=one", uid=1000)
+    assert done.returncode == 1 and not apt and "sudo apt-get install --no-install-recommends one" in done.stderr
+
+
+def test_programs_that_are_there_need_no_root(checkout):
+    done, apt = install_programs(checkout, "bash=bash", uid=1000)
+    assert done.returncode == 0 and not apt
