@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def open_log_file(run_dir: Path, rank: int) -> None:
     for console in package.handlers:
         console.setLevel(package.level)  # what the console shows stays what it was
     package.addHandler(handler)
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.DEBUG)
     for other in (logging.getLogger(), logging.getLogger("py.warnings")):
         other.addHandler(handler)
     package.info("rank %d of %s starts on %s, pid %d", rank, os.environ.get("WORLD_SIZE", "1"), host_name(), os.getpid())
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     gpus_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     start_logging(int(os.environ.get("RANK", "0")))  # before the mesh is chosen, which says why
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # a request to stop waits until training can follow it
     try:
         config = configure(sys.argv[1:] if argv is None else argv, world_size=world_size, gpus_per_host=gpus_per_host)
         check_device(config)
@@ -115,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record(train)(config, pulse)
     except BaseException as error:
         pulse.fail(error)
+        logging.getLogger("megatron_longvila").debug("ended by an exception", exc_info=True)  # for the file: the console gets it anyway
         raise
     pulse.end()
 

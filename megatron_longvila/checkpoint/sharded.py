@@ -10,12 +10,12 @@ The files hold pickled Python objects: load only checkpoints you trust.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longvila import config_io, platform
-from megatron_longvila.checkpoint.origin import COMPLETE, PASSENGERS, TOKENS, copy_travellers, describe_origin
+from megatron_longvila.checkpoint.complete import VERSION, find_damage, mark_complete, sync_folder, write_text
+from megatron_longvila.checkpoint.origin import PASSENGERS, TOKENS, copy_travellers, describe_origin
+from megatron_longvila.checkpoint.space import checkpoint_bytes, explain, require_space
 from megatron_longvila.config import Config, LoraConfig, ModelConfig
 from megatron_longvila.models.lora import holds_adapters, is_adapter
 from megatron_longvila.parallel.groups import Groups
@@ -38,9 +41,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
 _PARTS = {"vision": "vision_tower.", "projector": "projector.", "llm": "language_model."}
-_HASHED_BYTES = 16 << 20  # larger files are checked by size alone: reading all of a checkpoint again would cost minutes
 
 
 class Resumable(Protocol):
@@ -68,6 +69,15 @@ class TrainingState:
     totals: Resumable | None = None
 
 
+@dataclass(frozen=True)
+class _Writing:
+    """A checkpoint that is being written: where, of which step, and its bytes."""
+
+    folder: Path
+    step: int
+    needed: int
+
+
 class Checkpoints:
     """The checkpoints of one run directory. Every public method is collective: all ranks call it together."""
 
@@ -84,7 +94,10 @@ class Checkpoints:
         self._pending = AsyncCallsQueue(persistent=False) if config.checkpoint.async_save else None
 
     def save(self, state: TrainingState, step: int) -> None:
-        """Write `step_{step}`. With checkpoint.async_save this returns once the state is copied; `poll` or `wait` completes it."""
+        """Write `step_{step}`. With checkpoint.async_save this returns once the state is copied; `poll` or `wait` completes it.
+
+        Raises OSError with the sizes, from here or from what completes it, if the disk is too small; earlier checkpoints stay.
+        """
         self.wait()
         folder = self.root / f".{_name(step)}.partial"
         if dist.get_rank() == 0:
@@ -104,30 +117,48 @@ class Checkpoints:
         }
         if state.totals is not None:
             sharded["totals"] = state.totals.state_dict()
-        request = dist_checkpointing.save(
-            sharded,
-            str(folder),
-            ("torch_dist", 1),
-            async_sharded_save=self._pending is not None,
-            preprocess_common_before_consistancy_check=_comparable,
-            content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
-        )
-        commit = partial(self._commit, folder, step)
-        if self._pending is None:
-            commit()
-        else:
-            request.add_finalize_fn(commit)
-            self._pending.schedule_async_request(request)
+        self._writing = _Writing(folder, step, checkpoint_bytes(sharded))
+        with self._full_disk_explained():
+            require_space(self.root, self._writing.needed, step)
+            request = dist_checkpointing.save(
+                sharded,
+                str(folder),
+                ("torch_dist", 1),
+                async_sharded_save=self._pending is not None,
+                preprocess_common_before_consistancy_check=_comparable,
+                content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
+            )
+            commit = partial(self._commit, folder, step)
+            if self._pending is None:
+                commit()
+            else:
+                request.add_finalize_fn(commit)
+                self._pending.schedule_async_request(request)
 
     def poll(self) -> None:
         """Complete a background save whose writers have ended on all ranks; returns at once otherwise."""
         if self._pending is not None and self._pending.get_num_unfinalized_calls():
-            self._pending.maybe_finalize_async_calls(blocking=False)
+            with self._full_disk_explained():
+                self._pending.maybe_finalize_async_calls(blocking=False)
 
     def wait(self) -> None:
         """Complete a background save, waiting for its writers."""
         if self._pending is not None and self._pending.get_num_unfinalized_calls():
-            self._pending.maybe_finalize_async_calls(blocking=True)
+            with self._full_disk_explained():
+                self._pending.maybe_finalize_async_calls(blocking=True)
+
+    @contextlib.contextmanager
+    def _full_disk_explained(self) -> Iterator[None]:
+        """Turn what the library raises on a full disk into an OSError with the sizes, and give the room of the unfinished folder back."""
+        try:
+            yield
+        except (Exception, CheckpointException) as error:  # which is no Exception
+            full = explain(error, self.root, self._writing.folder, self._writing.needed, self._writing.step)
+            if full is None:
+                raise
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._writing.folder, ignore_errors=True)  # other ranks may still write into it
+            raise full from error
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of a step lies, or would lie."""
@@ -222,7 +253,7 @@ class Checkpoints:
             os.rename(folder, final)
             self._travellers = final  # the folder they came from may be removed next
             write_text(self.root / "latest", final.name + "\n")
-            _sync_folder(self.root)
+            sync_folder(self.root)
             # A later step can only be a damaged one that the resume passed over: it must not push out a good one.
             names = sorted(path for path in self.root.glob("step_*") if path.name <= final.name)
             for old in names[: -self.config.checkpoint.keep_last]:
@@ -288,50 +319,6 @@ def save_weights(
     dist.barrier()
 
 
-def mark_complete(folder: Path) -> None:
-    """Write `complete.json`: size of every file, and the SHA-256 of the small ones. Everything is on disk before the mark is."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-        files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _digest(path)}
-    _sync_folder(folder)
-    write_text(folder / COMPLETE, json.dumps({"version": VERSION, "files": files}, indent=1) + "\n")
-    _sync_folder(folder)
-
-
-def find_damage(folder: Path) -> str | None:
-    """What makes a checkpoint folder unusable, None if nothing was found."""
-    mark = folder / COMPLETE
-    if not folder.is_dir():
-        return "there is no such folder"
-    if not mark.exists():
-        return f"it has no {COMPLETE}, so its writing did not end"
-    try:
-        files = json.loads(mark.read_text())["files"]
-    except (json.JSONDecodeError, KeyError) as error:
-        return f"{COMPLETE} cannot be read ({error!r})"
-    for name, facts in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
-        if facts["sha256"] and _digest(path) != facts["sha256"]:
-            return f"{name} has other content than was written"
-    return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step, on disk when this returns."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
 def _meaning(model: ModelConfig) -> dict[str, Any]:
     """Fields that no weight's shape shows (or shows too late) and without which the weights are another model."""
     lora = replace(model.lora, targets=sorted(model.lora.targets)) if model.lora.rank else LoraConfig()
@@ -379,22 +366,9 @@ def read_progress(folder: Path) -> dict[str, Any]:
     return progress
 
 
-def _digest(path: Path) -> str | None:
-    """SHA-256 of a small file, None for a large one."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.stat().st_size <= _HASHED_BYTES else None
-
-
 def _remove(folder: Path) -> None:
     """Remove a checkpoint so that a kill on the way leaves no folder that looks like one."""
     hidden = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
     shutil.rmtree(hidden)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,6 +26,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self._previous = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # one that came while the program started counts
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
