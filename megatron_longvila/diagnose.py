@@ -30,8 +30,8 @@ MARKER = "interrupted"  # what a run leaves that stopped after a save
 LOG_TAIL_BYTES = 4 << 20
 # What ranks say when a peer has gone or does not come. The one that says it is not the cause.
 ECHOES = re.compile(
-    r"Connection (closed|reset|refused)|closed by peer|Broken pipe|[Tt]imed ?out|NCCL|ncclRemoteError|Socket|recvValue|sendBytes|"
-    r"read: errno|Gloo connectFullMesh|store.*(wait|get).*fail|wait timeout|peers? (has|have) (gone|left)"
+    r"Connection (closed|reset|refused)|closed by peer|Broken pipe|[Tt]imed?[ -]?out|NCCL|ncclRemoteError|Socket|recvValue|sendBytes|"
+    r"read: errno|Gloo connectFullMesh|store.*(wait|get).*fail|peers? (has|have) (gone|left)"
 )
 ECHO_TYPES = {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistError", "TimeoutError", "ConnectionError"}
 KILLED = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID (\d+)")  # torchrun about a rank

@@ -1,0 +1,93 @@
+"""What is live on this host, or on all hosts of a job, with a remedy for every problem.
+
+    python -m megatron_longvila.doctor [--path DIR ...] [--json]
+    torchrun --nnodes 2 --nproc_per_node 8 ... -m megatron_longvila.doctor
+    srun --ntasks-per-node 8 python -m megatron_longvila.doctor
+
+Started on several hosts it also measures the offset of their clocks and the speed between them. The exit code is 1 if there is a problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_longvila import platform
+from megatron_longvila.doctor import host, network
+from megatron_longvila.doctor.finding import PROBLEM, Finding, render
+from megatron_longvila.platform import hardware
+
+MIB = 2**20
+
+
+def join_slurm_step() -> None:
+    """Under srun without torchrun: tell this rank what torchrun would have told it."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in os.environ or tasks == 1:
+        return
+    names = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True)
+    hosts = names.stdout.split()
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": os.environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
+        "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
+    }
+
+
+def examine(paths: list[Path], disk_bytes: int, exchange_bytes: int, timeout_s: float) -> list[Finding] | None:
+    """The findings of all hosts on rank 0, None on the other ranks."""
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    own = [replace(one, host=name) for one in host.check_host(paths, disk_bytes)] if is_first else []
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return [*own, *(replace(one, host=name) for one in (*host.check_speed({0: hardware.matmul_tflops()}), *network.alone()))]
+    platform.init_distributed(timeout_s)
+    group = hardware.cpu_group()
+    answers: list[tuple] = [()] * dist.get_world_size()
+    dist.all_gather_object(answers, (name, hardware.matmul_tflops(), own), group=group)
+    leaders: dict[str, int] = {}
+    for rank, (place, _, _) in enumerate(answers):
+        leaders.setdefault(place, rank)
+    between = [*network.check_clocks(group, leaders), *network.check_all_reduce(exchange_bytes)]
+    between += network.check_pairs(leaders, exchange_bytes)
+    between += host.check_speed({rank: tflops for rank, (_, tflops, _) in enumerate(answers)})
+    found = [one for _, _, findings in answers for one in findings] + [replace(one, host=name) for one in between]
+    rank = dist.get_rank()
+    platform.shutdown_distributed()
+    return found if rank == 0 else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report on rank 0; returns 1 there if there is a problem."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_longvila.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--path", type=Path, nargs="+", default=[], help="folders to measure: output_dir and data; default: here")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
+    parser.add_argument("--disk_mib", type=int, default=256, help="MiB written to and read from each folder")
+    parser.add_argument("--exchange_mib", type=int, default=64, help="MiB of the all-reduce between ranks")
+    parser.add_argument("--timeout_s", type=float, default=120.0, help="limit of every exchange between ranks")
+    options = parser.parse_args(argv)
+    join_slurm_step()
+    found = examine(options.path or [Path.cwd()], options.disk_mib * MIB, options.exchange_mib * MIB, options.timeout_s)
+    if found is None:
+        return 0
+    text = json.dumps([asdict(one) for one in found], indent=1) if options.json else render(found)
+    sys.stdout.write(text + "\n")
+    return int(any(one.status == PROBLEM for one in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

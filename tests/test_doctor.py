@@ -1,0 +1,139 @@
+"""The doctor: what it finds here, what it says about broken things, and hosts that are measured against each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from programs import environment
+
+from megatron_longvila.doctor import codecs
+from megatron_longvila.doctor.finding import NOTE, OK, PROBLEM, Finding, render
+from megatron_longvila.doctor.host import check_disk, check_speed
+from megatron_longvila.doctor.network import judge_pairs
+from ranks import run_ranks
+
+DOCTOR = [sys.executable, "-m", "megatron_longvila.doctor", "--disk_mib", "4", "--exchange_mib", "1"]
+LIMITS = 'ulimit -n 512; exec "$@"'
+
+
+def findings(done: subprocess.CompletedProcess) -> dict[str, list[dict]]:
+    """By name; every one that is not fine says what to do, and the exit code says whether one is a problem."""
+    found: dict[str, list[dict]] = {}
+    for one in json.loads(done.stdout):
+        found.setdefault(one["name"], []).append(one)
+        assert one["status"] == OK or one["remedy"], one
+    assert done.returncode == any(one["status"] == PROBLEM for those in found.values() for one in those), done.stderr
+    return found
+
+
+def test_one_host_with_a_low_limit_a_missing_folder_and_a_broken_package(tmp_path: Path) -> None:
+    package = tmp_path / "transformer_engine" / "pytorch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('undefined symbol: built for another torch')")
+    path = f"{tmp_path}:{environment()['PYTHONPATH']}"
+    words = ["bash", "-c", LIMITS, "bash", *DOCTOR, "--json", "--path", tmp_path, tmp_path / "nowhere"]
+    done = subprocess.run(list(map(str, words)), env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1, done.stderr
+    found = findings(done)
+    wanted = "python torch megatron-core devices InfiniBand TE apex triton py-spy codecs /dev/shm memlock processors clock disk network"
+    assert set(wanted.split()) <= set(found)
+    assert found["codecs"][0]["status"] == OK and "h264, hevc, vp9, av1, mpeg4" in found["codecs"][0]["value"]
+    assert found["torch"][0]["status"] == found["megatron-core"][0]["status"] == OK
+    assert (found["open files"][0]["status"], found["open files"][0]["value"][:3]) == (PROBLEM, "512")
+    assert "ulimit -n 65536" in found["open files"][0]["remedy"]
+    good, missing = found["disk"]
+    assert " MiB/s, reads " in good["value"] and missing["value"] == f"{tmp_path / 'nowhere'} is not there" and missing["status"] == PROBLEM
+    assert found["TE"][0]["status"] == PROBLEM and "undefined symbol: built for another torch; uninstall it" in found["TE"][0]["remedy"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".doctor")]  # what it wrote is gone
+
+
+def test_a_codec_that_does_not_work() -> None:
+    assert codecs.try_codec("h264", "libx264") == "" and codecs.try_codec("h264", "no-encoder") == ""
+    assert codecs.try_codec("no-decoder", "no-encoder") == "no such decoder"
+
+
+def test_a_disk_without_room(tmp_path: Path) -> None:
+    (finding,) = check_disk(tmp_path, 2**60)
+    assert finding.status == PROBLEM and "GiB free" in finding.value and "make room" in finding.remedy
+
+
+def test_slow_devices_and_pairs_are_named() -> None:
+    assert list(check_speed({0: None})) == [] and next(check_speed({0: 700.0, 1: 690.0})).status == OK
+    slow = next(check_speed({0: 700.0, 1: 690.0, 2: 300.0}))
+    assert slow.status == PROBLEM and "slow ranks: 2 (300)" in slow.value
+    assert list(judge_pairs({})) == [] and next(judge_pairs({"a - b": 10.0})).status == OK
+    slow = next(judge_pairs({"a - b": 10.0, "b - c": 1.0, "c - a": 9.0}))
+    assert slow.status == PROBLEM and "slow pairs: b - c" in slow.value
+
+
+def test_hosts_that_agree_share_a_line() -> None:
+    same = [Finding("torch", OK, "2.13", host=host) for host in ("a", "b")]
+    text = render([*same, Finding("shm", PROBLEM, "1 MiB", "make it larger", "b"), Finding("apex", NOTE, "none", "build it", "a")])
+    assert text.splitlines() == [
+        "ok      torch          2.13",
+        "PROBLEM shm            1 MiB [b]",
+        "                       -> make it larger",
+        "note    apex           none [a]",
+        "                       -> build it",
+        "2 hosts (a, b): 1 problem",
+    ]
+    assert render(same).endswith("2 hosts (a, b): no problem")
+
+
+def _measure_clocks(rank: int, ahead_s: float) -> list[Finding]:
+    from megatron_longvila.doctor import network
+    from megatron_longvila.platform import hardware
+
+    if rank == 1:
+        real = time.time
+        time.time = lambda: real() + ahead_s
+    return list(network.check_clocks(hardware.cpu_group(), {"first": 0, "other": 1}))
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 90.0])
+def test_a_clock_that_is_ahead(ahead_s: float) -> None:
+    own, other = run_ranks(_measure_clocks, 2, ahead_s)[0]
+    assert own.status == OK and own.value.startswith("first +0.000 s")
+    assert other.status == (PROBLEM if ahead_s else OK)
+    assert abs(float(other.value.split()[1]) - ahead_s) <= float(other.value.split("within ")[1].split()[0]) + 0.001
+
+
+@pytest.mark.slurm
+def test_two_hosts_under_torchrun(tmp_path: Path) -> None:
+    """Two launchers that call their host by different names: clocks, all-reduce and the pair of hosts are measured."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master-addr", "127.0.0.1"]
+    launch += ["--master-port", str(20000 + os.getpid() % 20000)]
+    processes = [
+        subprocess.Popen(
+            [*launch, "--node-rank", str(number), *DOCTOR[1:], "--json"],
+            cwd=tmp_path,
+            env=environment() | {"SLURMD_NODENAME": f"node{number}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=240) for process in processes]
+    text, error = said[0][0], said[0][1] + said[1][1]
+    assert text, error
+    found = findings(subprocess.CompletedProcess(launch, max(process.returncode for process in processes), text, error))
+    assert {one["host"] for one in found["torch"]} == {"node0", "node1"}
+    assert len(found["clock offset"]) == 2 and all(one["status"] == OK for one in found["clock offset"])
+    assert found["all-reduce"][0]["value"].startswith("2 ranks: 1 MiB in ") and "GB/s" in found["all-reduce"][0]["value"]
+    assert "slowest node0 - node1" in found["host pairs"][0]["value"]
+
+
+def test_the_limit_it_reads_is_this_one(tmp_path: Path) -> None:
+    from megatron_longvila.doctor.host import check_limits
+
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    value = next(one.value for one in check_limits() if one.name == "open files")
+    assert value.startswith(f"{soft} ")

@@ -1,0 +1,196 @@
+"""Heartbeats, stacks of a rank that has stalled, and the watch over real processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+from megatron_longvila.pulse import Pulse, describe_wait, read_records, record_path, thread_stacks, write_record
+from megatron_longvila.watch import Watch, exit_status, is_running, process_state
+
+
+def wait_for(condition, limit_s: float = 20.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_beats_and_failures(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path, 3, "node7")
+    first = read_records(tmp_path, "beat")[3]
+    assert (first["step"], first["phase"], first["host"], first["pid"]) == (0, "start", "node7", os.getpid())
+    pulse.beat(5, "step", ["a", "b"])
+    try:
+        raise KeyError("x")
+    except KeyError as error:
+        pulse.fail(error)
+    record = read_records(tmp_path, "failure")[3]
+    assert (record["type"], record["message"], record["beat"]["sample_ids"], record["beat"]["step"]) == ("KeyError", "'x'", ["a", "b"], 5)
+    assert 'raise KeyError("x")' in record["traceback"] and read_records(tmp_path, "failure", time.time() + 1) == {}
+    Pulse(tmp_path, 3).end()  # the next run of this rank
+    assert read_records(tmp_path, "failure") == {} and read_records(tmp_path, "beat")[3]["phase"] == "ended"
+    assert sorted(path.name for path in tmp_path.rglob("*.json")) == ["rank_00003.json"]
+
+
+def test_a_beat_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog) -> None:
+    pulse = Pulse(tmp_path, 0)
+    folder = record_path(tmp_path, "beat", 0).parent
+    record_path(tmp_path, "beat", 0).unlink()
+    folder.rmdir()
+    with caplog.at_level(logging.WARNING, "megatron_longvila"):
+        pulse.beat(1, "step")
+        pulse.beat(2, "step")
+    assert len(caplog.messages) == 1 and "the heartbeat of rank 0 cannot be written" in caplog.messages[0]
+    assert pulse.last["step"] == 2
+
+
+def test_a_stall_is_written_and_forgotten(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path, 0, timeout_s=0.4)
+    wait_for(lambda: read_records(tmp_path, "stall"))
+    first = read_records(tmp_path, "stall")[0]
+    assert first["waits_in"] is None and "test_a_stall_is_written_and_forgotten" in first["stack"] and first["beat"]["phase"] == "start"
+    wait_for(lambda: read_records(tmp_path, "stall")[0]["time_s"] > first["time_s"])
+    assert read_records(tmp_path, "stall")[0]["since_s"] == first["since_s"]  # the same wait
+    pulse.progress = lambda: 7
+    wait_for(lambda: read_records(tmp_path, "stall")[0]["since_s"] > first["since_s"])  # another one in the same place
+    pulse.beat(1, "step")
+    wait_for(lambda: not read_records(tmp_path, "stall"))
+    pulse.end()
+
+
+def frames(*places: tuple[str, str, str]) -> traceback.StackSummary:
+    return traceback.StackSummary.from_list([(file, 10 + number, name, line) for number, (file, name, line) in enumerate(places)])
+
+
+LOOP = ("/x/megatron_longvila/training/loop.py", "reduce_totals", "dist.all_reduce(totals)")
+SHIM = ("/x/megatron_longvila/platform/cpu.py", "__torch_function__", "")
+TORCH = "/venv/torch/distributed/distributed_c10d.py"
+
+
+@pytest.mark.parametrize(
+    ("stack", "said"),
+    [
+        (frames(LOOP, ("/venv/torch/distributed/c10d_logger.py", "wrapper", "f()"), (TORCH, "all_reduce", "work.wait()")), "all_reduce"),
+        (frames(LOOP, (TORCH, "all_gather_object", ""), (TORCH, "all_gather", "")), "all_gather_object"),
+        (
+            frames(LOOP, (TORCH, "send", ""), SHIM, (TORCH, "send", "")),
+            "send",
+        ),
+        (frames(("/x/megatron/core/ring.py", "f", "handle.wait()")), "wait"),
+        (frames(LOOP), None),
+        (frames(LOOP, ("/venv/torch/nn/modules/module.py", "forward", "x")), None),
+        (frames(("/lib/threading.py", "wait", "waiter.acquire()")), None),
+        (frames(("/x/other.py", "f", "event.wait()")), None),
+    ],
+)
+def test_what_a_stack_waits_in(stack, said) -> None:
+    found = describe_wait(stack)
+    assert (found and found.split()[0]) == said
+    if said == "all_reduce":
+        assert found == "all_reduce at megatron_longvila/training/loop.py:10 in reduce_totals"
+
+
+def test_stacks_of_all_threads_the_main_one_first() -> None:
+    event = threading.Event()
+    thread = threading.Thread(target=event.wait, name="waiting")
+    thread.start()
+    asked: dict = {}
+    asking = threading.Thread(target=lambda: asked.update(thread_stacks()), name="asking")
+    asking.start()
+    asking.join()
+    event.set()
+    thread.join()
+    assert next(iter(asked)) == "MainThread" and "waiting" in asked and "asking" not in asked
+
+
+def test_a_process_from_outside() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        wait_for(lambda: process_state(process.pid).startswith("S (sleeping)"))
+        assert is_running(process.pid) and exit_status(process.pid) is None
+        os.kill(process.pid, signal.SIGSTOP)
+        wait_for(lambda: process_state(process.pid).startswith("T (stopped)"))
+    finally:
+        process.kill()
+    wait_for(lambda: not is_running(process.pid))
+    assert exit_status(process.pid) == signal.SIGKILL  # before its parent has fetched it
+    process.wait()
+    assert exit_status(process.pid) is None and process_state(process.pid) == "" and not is_running(process.pid)
+
+
+def write_beat(run_dir: Path, rank: int, pid: int, host: str = "here", **values) -> None:
+    stamp = {"rank": rank, "host": host, "pid": pid, "time_s": time.time(), "parent_pid": os.getpid()}
+    path = record_path(run_dir, "beat", rank)
+    path.parent.mkdir(exist_ok=True)
+    write_record(path, stamp | {"step": 4, "phase": "step", "sample_ids": ["clip"]} | values)
+
+
+def write_wait(run_dir: Path, rank: int, since_s: float) -> None:
+    stall = {"rank": rank, "time_s": time.time(), "since_s": since_s, "waits_in": "all_reduce at a.py:1 in f", "stack": ""}
+    write_record(record_path(run_dir, "stall", rank), stall)
+
+
+@pytest.fixture
+def job(tmp_path: Path):
+    """Two processes as ranks 0 and 1 of this host and a watch over them in a thread; rank 2 is on another host."""
+    (tmp_path / "failures").mkdir()
+    processes = [subprocess.Popen(["sleep", "100"]) for _ in range(2)]
+    for rank, process in enumerate(processes):
+        write_beat(tmp_path, rank, process.pid)
+    write_beat(tmp_path, 2, 1, "there")
+    thread = threading.Thread(target=Watch(tmp_path, "here", os.getpid(), range(2), timeout_s=2.0).run)
+    thread.start()
+    yield tmp_path, processes
+    for process in processes:
+        process.kill()
+    thread.join(timeout=20)  # nobody has fetched the ended ranks yet: a watch that waited for that would never end
+    for process in processes:
+        process.wait()
+    assert not thread.is_alive(), "the watch outlived its ranks"
+
+
+def test_the_watch_names_a_stopped_rank_and_then_ends_it(job) -> None:
+    run_dir, (waiting, stopped) = job
+    since_s = time.time()
+    os.kill(stopped.pid, signal.SIGSTOP)
+    named_s = None
+    while is_running(stopped.pid):
+        assert time.time() - since_s < 60
+        write_wait(run_dir, 0, since_s)  # as rank 0 would; so would rank 2 on the other host
+        write_wait(run_dir, 2, since_s)
+        if named_s is None and 1 in read_records(run_dir, "seen"):
+            named_s = time.time()
+            assert is_running(stopped.pid), "it is named while it can still be looked at"
+        time.sleep(0.05)
+    record = json.loads(record_path(run_dir, "seen", 1).read_text())
+    assert named_s is not None and record["cause"] == "stopped" and record["state"].startswith("T (stopped)")
+    assert {one["rank"] for one in record["waiting"]} == {0, 2} and record["beat"]["sample_ids"] == ["clip"]
+    assert exit_status(stopped.pid) == signal.SIGKILL and is_running(waiting.pid)
+
+
+def test_the_watch_leaves_ranks_alone_that_nobody_waits_for(job) -> None:
+    """Long steps, long evaluations: late beats alone mean nothing."""
+    run_dir, processes = job
+    time.sleep(3)
+    assert all(is_running(process.pid) for process in processes) and read_records(run_dir, "seen") == {}
+
+
+def test_the_watch_records_a_signal_but_no_end_that_was_spoken_of(job) -> None:
+    run_dir, (leaving, killed) = job
+    write_beat(run_dir, 0, leaving.pid, phase="ended")
+    time.sleep(0.5)  # until it knows both
+    leaving.terminate()
+    os.kill(killed.pid, signal.SIGUSR2)
+    wait_for(lambda: 1 in read_records(run_dir, "seen"))
+    record = read_records(run_dir, "seen")
+    assert list(record) == [1] and (record[1]["cause"], record[1]["signal"], record[1]["exit_code"]) == ("lost", signal.SIGUSR2, 0)
