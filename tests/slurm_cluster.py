@@ -139,13 +139,13 @@ class Cluster:
                 process.kill()
 
     def processes(self, node: str | None = None) -> list[psutil.Process]:
-        """Of this cluster's jobs, on one node or on all."""
-        found = []
+        """What the jobs run on one node, or everything that belongs to this cluster and is no daemon."""
+        found, daemons = [], {daemon.pid for daemon in self._daemons.values()}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
-                place = environment.get("SLURMD_NODENAME")
-                if environment.get("SLURM_CONF") == str(self.conf) and place is not None and node in (None, place):
+                ours = environment.get("SLURM_CONF") == str(self.conf) and process.pid not in daemons
+                if ours and node in (None, environment.get("SLURMD_NODENAME")):
                     found.append(process)
         return found
 
@@ -177,7 +177,7 @@ class Cluster:
         """Fields of `scontrol show job`; a task of an array is "12_0"."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", job)))
 
-    def wait(self, job: int | str, *states: str, timeout_s: float = 180.0) -> dict[str, str]:
+    def wait(self, job: int | str, *states: str, timeout_s: float = 400.0) -> dict[str, str]:
         """The job's fields once it is in one of `states`. AssertionError with its log when it ends otherwise or takes too long."""
         deadline = time.monotonic() + timeout_s
         while (facts := self.show(job))["JobState"] not in states:

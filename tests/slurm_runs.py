@@ -21,7 +21,7 @@ def heartbeat(output: Path) -> int:
     return json.loads(path.read_text())["step"] if path.exists() else 0
 
 
-def await_step(output: Path, step: int, timeout_s: float = 120.0) -> None:
+def await_step(output: Path, step: int, timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
     while heartbeat(output) < step:
         assert time.monotonic() < deadline, f"step {step} of {output} was not reached within {timeout_s} s"
@@ -30,7 +30,7 @@ def await_step(output: Path, step: int, timeout_s: float = 120.0) -> None:
 
 def await_rank(output: Path, rank: int, step: int) -> int:
     """The process id of a rank once it has begun a step."""
-    path, deadline = output / "heartbeats" / f"rank_{rank:05d}.json", time.monotonic() + 180
+    path, deadline = output / "heartbeats" / f"rank_{rank:05d}.json", time.monotonic() + 300
     while True:
         beat = json.loads(path.read_text()) if path.exists() else {"step": 0, "pid": 0}
         if beat["step"] >= step and psutil.pid_exists(beat["pid"]):
@@ -48,7 +48,7 @@ def await_end(pid: int) -> None:
 
 
 def await_file(path: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.1)
@@ -56,7 +56,7 @@ def await_file(path: Path) -> None:
 
 def await_log(cluster: Cluster, job: int, text: str) -> dict[str, str]:
     """The job's fields once its log holds a text."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while text not in (log := cluster.log(facts := cluster.show(job))):
         assert time.monotonic() < deadline, log
         time.sleep(0.3)

@@ -74,7 +74,7 @@ def close(attempts: list[dict], ended: float, status: int | None) -> list[dict]:
 def end(chain: Chain, planned: list[Planned], place: int, output_dir: Path) -> None:
     """Merge what is to be merged and write the report. Raises ValueError if training left no finished checkpoint, or the merge failed."""
     one = planned[place]
-    if place < first_open(planned):
+    if place + 1 < first_open(planned):  # a later stage is finished: nobody needs this one any more
         return
     record = one.record
     write_json(one.folder / RECORD, record | {"attempts": close(record["attempts"], time.time(), 0)})
