@@ -43,6 +43,7 @@ class Cause:
 
     Attributes:
         time_s: when it was recorded, Unix time.
+        is_guess: seen from outside of a rank that was alive; what others say of themselves comes before it.
         restartable: whether a new start from the last checkpoint may get further.
         what: the cause in a line.
         details: last heartbeat, traceback or stack, line by line.
@@ -50,6 +51,7 @@ class Cause:
 
     time_s: float
     rank: int
+    is_guess: bool
     restartable: bool
     host: str
     what: str
@@ -85,7 +87,7 @@ def diagnose(run_dir: Path, since_s: float, exit_status: int | None = None, log:
         cause = "; a configuration error, or a program that does not start" if refused else ""
         text = f"{run_dir} names no cause: {left}{describe_status(exit_status)}{cause}; see the job's log"
         return (FINAL if refused else UNKNOWN), text
-    causes.sort(key=lambda cause: cause.time_s)
+    causes.sort(key=lambda cause: (cause.is_guess, cause.time_s))
     code = RESTARTABLE if causes[0].restartable else FINAL
     return code, report(causes, failures, stalls)
 
@@ -107,7 +109,7 @@ def describe_exception(rank: int, failure: dict[str, Any]) -> Cause:
     """An exception with its traceback; one that only echoes a peer is restartable."""
     what = f"{failure['type']}: {failure['message']}"
     details = f"{describe_beat(failure['beat'])}\n{failure['traceback'].rstrip()}"
-    return Cause(failure["time_s"], rank, is_echo(failure), failure["host"], what, details)
+    return Cause(failure["time_s"], rank, False, is_echo(failure), failure["host"], what, details)
 
 
 def describe_seen(rank: int, record: dict[str, Any], signals: dict[int, int]) -> Cause:
@@ -123,14 +125,14 @@ def describe_seen(rank: int, record: dict[str, Any], signals: dict[int, int]) ->
         what = f"{record['cause']}, process state {record['state']}"
         details += [*describe_waits(record["waiting"]), record["stack"].rstrip()]
     what += f" (pid {record['pid']})"
-    return Cause(record["time_s"], rank, restartable, record["host"], what, "\n".join(details))
+    return Cause(record["time_s"], rank, record["cause"] == "stuck", restartable, record["host"], what, "\n".join(details))
 
 
 def describe_silent(rank: int, beat: dict[str, Any], signals: dict[int, int]) -> Cause:
     """A rank that stopped beating and of which nobody saw the end: killed with its watcher, or with its host."""
     number = signals.get(beat["pid"])
     what = name_signal(number) if number else "went silent: killed together with what watched it, or its host was lost"
-    return Cause(beat["time_s"], rank, True, beat["host"], what, describe_beat(beat))
+    return Cause(beat["time_s"], rank, False, True, beat["host"], what, describe_beat(beat))
 
 
 def describe_beat(beat: dict[str, Any]) -> str:

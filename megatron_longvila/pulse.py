@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,13 @@ logger = logging.getLogger(__name__)
 
 HEARTBEATS, FAILURES = "heartbeats", "failures"
 ENDED = "ended"  # the phase of a rank that left as it should
-SAMPLES_PER_TIMEOUT = 8
+SAMPLES_PER_TIMEOUT = 32
+DEVICE_WAITS = (
+    ".tolist()",
+    ".item()",
+    ".cpu()",
+    "synchronize(",
+)  # for a GPU's queue, and so for a collective in it
 
 
 def record_path(run_dir: Path, kind: str, rank: int) -> Path:
@@ -38,11 +44,18 @@ def record_path(run_dir: Path, kind: str, rank: int) -> Path:
     return run_dir / folder / f"{prefix}_{rank:05d}.json"
 
 
-def read_records(run_dir: Path, kind: str, since_s: float = 0.0) -> dict[int, dict[str, Any]]:
-    """The records of one kind by rank, those written at or after `since_s` (Unix time). A record that cannot be read is left out."""
+def read_records(run_dir: Path, kind: str, since_s: float = 0.0, ranks: Iterable[int] | None = None) -> dict[int, dict[str, Any]]:
+    """The records of one kind by rank, of all ranks or of these, written at or after `since_s` (Unix time).
+
+    A record that cannot be read is left out.
+    """
     found = {}
     pattern = record_path(run_dir, kind, 0)
-    for path in sorted(pattern.parent.glob(pattern.name.replace("00000", "*"))):
+    if ranks is None:
+        paths = sorted(pattern.parent.glob(pattern.name.replace("00000", "*")))
+    else:
+        paths = [record_path(run_dir, kind, rank) for rank in ranks]
+    for path in paths:
         try:
             record = json.loads(path.read_text())
         except (OSError, ValueError):
@@ -73,7 +86,7 @@ class Pulse:
 
         Args:
             host: what the job calls this host; its own name if not given.
-            timeout_s: the limit of a collective; a rank without a beat for an eighth of it begins to write its stacks. None: it never does.
+            timeout_s: the limit of a collective; a rank without a beat for a small part of it writes its stacks. None: it never does.
 
         Raises OSError if the run directory cannot be written.
         """
@@ -165,8 +178,11 @@ def describe_wait(stack: Sequence[traceback.FrameSummary]) -> str | None:
     if not inner:
         return None
     caller, in_torch = inner[-1], len(inner) < len(stack)
-    if not calls and (in_torch or ".wait(" not in (caller.line or "") or "/megatron" not in caller.filename):
-        return None  # at work, or a thread that waits for another one
-    name = calls[-1] if calls else "wait"
+    name = calls[-1] if calls else None
+    if name is None and not in_torch and "/megatron" in caller.filename:  # not a thread that waits for another one
+        line = caller.line or ""
+        name = "wait" if ".wait(" in line else "wait for the device" if any(call in line for call in DEVICE_WAITS) else None
+    if name is None:
+        return None
     path = Path(caller.filename)
     return f"{name} at {'/'.join(path.parts[-3:])}:{caller.lineno} in {caller.name}"

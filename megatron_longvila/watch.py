@@ -5,10 +5,11 @@
 The training program starts it on every host (its local rank 0 does), in a session of its own, and it ends with the ranks.
 
 * A rank that ends without having recorded a failure is `lost`; the kernel tells by which signal.
-* A rank has the others waiting when they have been in one collective for a quarter of the time limit and it is in none. It is named with
-  its process state, what the others wait in, and its stack (py-spy where installed), while all of them are still there.
-* After three quarters of the limit it is killed: its peers are about to time out anyway, and a launcher waits half a minute for a process
-  that is stopped and cannot take its SIGTERM. So the job is down within the limit.
+* A rank that is stopped for a quarter of the time limit, or that does something else for half of it while others wait in a collective, is
+  named with its process state, what the others wait in, and its stack (py-spy where installed), while all of them are still there. If it
+  goes on after all, that is forgotten.
+* A rank still stopped after nine tenths of the limit while others wait is killed, and so is a stuck one once a peer's collective has
+  timed out: a launcher would wait half a minute for a process that cannot follow its SIGTERM. So the job is down within the limit.
 
 Peers may be on other hosts: what they wait in is read from the run directory.
 """
@@ -34,7 +35,7 @@ from megatron_longvila.pulse import ENDED, read_records, record_path, write_reco
 
 logger = logging.getLogger(__name__)
 
-NAMED_AFTER, KILLED_AFTER, LOOKS = 1 / 4, 3 / 4, 16  # shares of the time limit, and looks in one
+STOPPED_AFTER, STUCK_AFTER, KILLED_AFTER, LOOKS = 1 / 4, 1 / 2, 9 / 10, 32  # shares of the time limit, and looks in one
 LONGEST_TICK_S = 1.0
 PY_SPY_LIMIT_S = 20.0
 STOPPED = {"T", "t"}
@@ -65,7 +66,8 @@ class Watch:
     def __init__(self, run_dir: Path, host: str, agent: int, ranks: range, timeout_s: float):
         self.run_dir, self.host, self.agent, self.ranks, self.timeout_s = run_dir, host, agent, ranks, timeout_s
         self.watched: dict[int, Watched] = {}
-        self.tick_s = min(LONGEST_TICK_S, timeout_s / (4 * LOOKS))
+        self.began_s = time.time()
+        self.tick_s = min(LONGEST_TICK_S, timeout_s / (2 * LOOKS))
 
     def run(self) -> None:
         """Watch until every rank has ended, or the launcher has and no rank is left."""
@@ -82,7 +84,7 @@ class Watch:
                 return
             for one in alive:
                 one.stopped_s = (one.stopped_s or now) if process_state(one.pid)[:1] in STOPPED else None
-            if now - looked > self.timeout_s / LOOKS and now - resumed > self.timeout_s * NAMED_AFTER:
+            if now - looked > self.timeout_s / LOOKS and now - resumed > self.timeout_s * STOPPED_AFTER:
                 looked = now
                 self.look(alive)
 
@@ -91,7 +93,7 @@ class Watch:
         missing = [rank for rank in self.ranks if rank not in self.watched]
         if not missing:
             return
-        beats = read_records(self.run_dir, "beat")
+        beats = read_records(self.run_dir, "beat", ranks=missing)
         for rank in missing:
             beat = beats.get(rank)
             if beat is None or (beat["host"], beat["parent_pid"]) != (self.host, self.agent):
@@ -119,7 +121,7 @@ class Watch:
 
     def bury(self, one: Watched, status: int | None) -> None:
         """Record the end of a rank that has not spoken of it. `status` is the kernel's, None if its parent was faster."""
-        one.beat = read_records(self.run_dir, "beat").get(one.rank, one.beat)
+        one.beat = read_records(self.run_dir, "beat", ranks=[one.rank]).get(one.rank, one.beat)
         if one.named or one.beat["phase"] == ENDED or record_path(self.run_dir, "failure", one.rank).exists():
             return
         number, code = (None, None) if status is None else (status & 0x7F or None, status >> 8)
@@ -128,29 +130,35 @@ class Watch:
 
     def look(self, alive: list[Watched]) -> None:
         """Name, and in the end kill, the ranks of this host for which the others wait."""
-        now, old = time.time(), self.timeout_s * NAMED_AFTER
-        beats = read_records(self.run_dir, "beat")
+        now, old = time.time(), self.timeout_s * STOPPED_AFTER
+        beats = read_records(self.run_dir, "beat", ranks=[one.rank for one in alive])
         for one in alive:
-            one.beat = beats.get(one.rank, one.beat)
+            before, one.beat = one.beat, beats.get(one.rank, one.beat)
+            if one.named and one.beat["time_s"] > before["time_s"]:
+                one.named = False
+                record_path(self.run_dir, "seen", one.rank).unlink(missing_ok=True)
+                logger.error("rank %d (pid %d) goes on", one.rank, one.pid)
         late = [one for one in alive if now - one.beat["time_s"] > old and one.beat["phase"] != ENDED]
         if not late:
             return
         stalls = read_records(self.run_dir, "stall", now - old)
-        waiting = [
-            {"rank": rank, "waits_in": stall["waits_in"], "waited_s": now - stall["since_s"]}
-            for rank, stall in stalls.items()
-            if stall["waits_in"]
-        ]
-        waited_s = max((one["waited_s"] for one in waiting), default=0.0)
-        absent = [one for one in late if one.rank not in {peer["rank"] for peer in waiting}]
-        for one in absent:
-            is_stopped = one.stopped_s is not None and time.monotonic() - one.stopped_s > old
-            if not one.named and (is_stopped or waited_s > old):
-                self.name(one, waiting, stalls.get(one.rank))
-            if one.named and waited_s > self.timeout_s * KILLED_AFTER:
+        waiting = {rank: now - stall["since_s"] for rank, stall in stalls.items() if stall["waits_in"]}
+        waited_s = max(waiting.values(), default=0.0)
+        for one in late:
+            if one.rank in waiting:
+                continue
+            stopped_s = 0.0 if one.stopped_s is None else time.monotonic() - one.stopped_s
+            if not one.named and (stopped_s > old or waited_s > self.timeout_s * STUCK_AFTER):
+                others = [{"rank": rank, "waits_in": stalls[rank]["waits_in"], "waited_s": since_s} for rank, since_s in waiting.items()]
+                self.name(one, others, stalls.get(one.rank))
+            if one.named and ((waiting and stopped_s > self.timeout_s * KILLED_AFTER) or self.job_has_failed()):
                 logger.error("rank %d (pid %d) is killed: its peers have waited for %.0f s", one.rank, one.pid, waited_s)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(one.pid, signal.SIGKILL)
+
+    def job_has_failed(self) -> bool:
+        """Whether a rank has recorded an exception since this watch began."""
+        return bool(read_records(self.run_dir, "failure", self.began_s))
 
     def name(self, one: Watched, waiting: list[dict[str, Any]], stall: dict[str, Any] | None) -> None:
         """Write down what can be seen of a rank for which the others wait."""

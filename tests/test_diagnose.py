@@ -88,6 +88,15 @@ def test_a_stuck_rank(write, tmp_path):
     assert "  ranks 0-1, 3 waited in all_reduce at training/loop.py:9 in reduce for 60 s\nfit (loop.py:1)" in text
 
 
+def test_an_exception_comes_before_what_was_only_guessed(write, tmp_path):
+    write("seen", 2, 8, cause="stuck", state="S (sleeping)", waiting=[], stack="")
+    failure(write, 0, *ECHO)
+    assert diagnose(tmp_path, START_S)[0] == RESTARTABLE
+    failure(write, 1, "KeyError", "'x'", after_s=20)
+    code, text = diagnose(tmp_path, START_S)
+    assert code == FINAL and text.startswith("host node0, rank 1: KeyError") and "also host node1, rank 2: stuck" in text
+
+
 def test_silent_ranks_when_nobody_saw_their_end(write, tmp_path):
     for rank in (0, 1):
         failure(write, rank, *ECHO)

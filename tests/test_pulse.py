@@ -87,6 +87,7 @@ TORCH = "/venv/torch/distributed/distributed_c10d.py"
             "send",
         ),
         (frames(("/x/megatron/core/ring.py", "f", "handle.wait()")), "wait"),
+        (frames(("/x/megatron_longvila/training/loop.py", "reduce_totals", "return totals.tolist()")), "wait"),
         (frames(LOOP), None),
         (frames(LOOP, ("/venv/torch/nn/modules/module.py", "forward", "x")), None),
         (frames(("/lib/threading.py", "wait", "waiter.acquire()")), None),
@@ -176,6 +177,26 @@ def test_the_watch_names_a_stopped_rank_and_then_ends_it(job) -> None:
     assert named_s is not None and record["cause"] == "stopped" and record["state"].startswith("T (stopped)")
     assert {one["rank"] for one in record["waiting"]} == {0, 2} and record["beat"]["sample_ids"] == ["clip"]
     assert exit_status(stopped.pid) == signal.SIGKILL and is_running(waiting.pid)
+
+
+def test_the_watch_names_a_stuck_rank_takes_it_back_and_ends_it_when_the_job_falls(job) -> None:
+    run_dir, (_, stuck) = job
+    since_s = time.time()
+
+    def named() -> bool:
+        write_wait(run_dir, 2, since_s)
+        write_wait(run_dir, 0, since_s)
+        return 1 in read_records(run_dir, "seen")
+
+    wait_for(named)
+    assert read_records(run_dir, "seen")[1]["cause"] == "stuck" and time.time() - since_s > 1
+    write_beat(run_dir, 1, stuck.pid)
+    wait_for(lambda: not read_records(run_dir, "seen"))  # it went on
+    wait_for(named)
+    assert is_running(stuck.pid)
+    write_record(record_path(run_dir, "failure", 2), {"rank": 2, "time_s": time.time()})  # a peer's collective has timed out
+    wait_for(lambda: named() and not is_running(stuck.pid))
+    assert exit_status(stuck.pid) == signal.SIGKILL
 
 
 def test_the_watch_leaves_ranks_alone_that_nobody_waits_for(job) -> None:
