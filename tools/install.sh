@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts that install: `install EXTRAS` makes sure torch and this package are there and sets PYTHON;
 # `install_programs PROGRAM=PACKAGE...` makes sure programs from Debian packages are there.
 #
