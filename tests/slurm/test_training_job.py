@@ -153,3 +153,27 @@ def test_a_lost_node(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     cluster.wait(second, "COMPLETED")
     for output in (small, large):
         assert [step for step, _ in losses(output)] == list(range(1, 13))
+
+
+def test_conversion_answers_and_texts(whole: Path, cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    """The jobs around training: the run's checkpoint leaves in VILA's layout and answers its questions; texts are prepared by an array."""
+    checkpoint, slurm = whole / f"checkpoints/step_{STEPS:07d}", SBATCH.parent
+    export = cluster.submit(slurm / "convert.sbatch", "export", checkpoint, tmp_path / "vila", "--format", "vila")
+    found = tmp_path / "answers.json"
+    answers = ("answers", "--checkpoint", checkpoint, "--data", data / "dataset", "--output", found)
+    mesh = ("--parallel.ulysses_size", 2, "--parallel.ring_size", 1)
+    answered = cluster.submit("--nodes=1", slurm / "evaluate.sbatch", *answers, *mesh)
+    (tmp_path / "texts").mkdir()
+    for number in range(3):
+        (tmp_path / f"texts/{number}.txt").write_text("What colour is the square? The square is red. " * 20)
+    text = ("text", tmp_path / "texts", tmp_path / "parts", "--tokenizer", data / "tokenizer.model", "--context_length", 32)
+    array = cluster.submit("--array=0-1", slurm / "preprocess.sbatch", *text)
+    for job in (export, answered, f"{array}_0", f"{array}_1"):
+        cluster.wait(job, "COMPLETED")
+    assert (tmp_path / "vila/config.json").exists() and (tmp_path / "vila/llm").is_dir()
+    assert json.loads(found.read_text())
+    rows = [json.loads((tmp_path / f"parts/part_000{part}/report.json").read_text())["accepted"] for part in range(2)]
+    assert rows == [2, 1]
+    other = cluster.submit("--array=0-2", slurm / "preprocess.sbatch", *text)
+    facts = cluster.wait(f"{other}_1", "FAILED")
+    assert "was begun with 2 tasks and this array has 3" in cluster.log(facts)
