@@ -76,6 +76,22 @@ def nobody_left(output: Path) -> bool:
     return True
 
 
+def test_a_request_to_stop_that_comes_while_the_ranks_start(data: Path, tmp_path: Path) -> None:
+    """It waits until training can follow it."""
+    output, since_s = tmp_path / "run", time.time()
+    with subprocess.Popen(command(data, output), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (output / "heartbeats" / "rank_00001.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.02)
+        os.kill(beat(output, 1)["pid"], signal.SIGUSR1)
+        text = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "stopped by a signal after step 1;" in text, text
+    assert (output / "checkpoints" / "latest").read_text() == "step_0000001\n"
+    code, said = diagnose(output, since_s, text)
+    assert code == 0 and "was asked to stop, saved and left" in said
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank(data: Path, tmp_path: Path, rank: int) -> None:
     output, since_s = tmp_path / "run", time.time()

@@ -122,7 +122,10 @@ def test_run_directory(make_config) -> None:
     assert lines[-1]["loss"] < lines[0]["loss"]
     evaluations = read(config, "evaluation.jsonl")
     assert [line["step"] for line in evaluations] == [4, 6] and all(math.isfinite(line["loss"]) for line in evaluations)
-    assert json.loads((folder / "heartbeat.json").read_text())["step"] == 6
+    beat = json.loads((folder / "heartbeat.json").read_text())
+    assert (beat["step"], beat["loss"], beat["eta_s"]) == (6, lines[-1]["loss"], 0.0) and beat["tokens_per_s"] > 0
+    beats = [json.loads((folder / "heartbeats" / f"rank_0000{rank}.json").read_text()) for rank in range(2)]
+    assert [(one["rank"], one["step"], one["phase"]) for one in beats] == [(rank, 6, "evaluate") for rank in range(2)]
     found = summary(config)
     assert (found["steps"], found["loss"], found["num_ranks"], found["input"]) == (6, lines[-1]["loss"], 2, "")
     assert found["evaluation_loss"] == evaluations[-1]["loss"] and found["checkpoint"] == "checkpoints/step_0000006"
