@@ -39,6 +39,7 @@ setup(
             "pytest>=8",
             "ruff>=0.17,<0.18",
             "peft",
+            "py-spy",
             "py3langid>=0.4",
             "scenedetect-headless>=0.7,<0.8",
             "pyarrow",

@@ -75,7 +75,9 @@ def diagnose(run_dir: Path, since_s: float, exit_status: int | None = None, log:
     signals = read_signals(log) if log is not None else {}
     own = {rank: record for rank, record in failures.items() if not is_echo(record)}
     causes = [describe_exception(rank, record) for rank, record in own.items()]
-    causes += [describe_seen(rank, record, signals) for rank, record in seen.items() if rank not in own]
+    for rank, record in seen.items():
+        if rank not in own and not (record["cause"] == "stuck" and rank in failures):  # one that could still speak was slow, not stuck
+            causes.append(describe_seen(rank, record, signals))
     if not causes:
         silent = {rank: beat for rank, beat in beats.items() if rank not in failures and beat["phase"] != ENDED}
         causes = [describe_silent(rank, beat, signals) for rank, beat in silent.items()]

@@ -1,7 +1,6 @@
 """megatron_longvila.train with harm done to one rank at one step: `harmful_train.py HARM RANK STEP [flags of the program]`.
 
-exception: raises where only this rank is; nan: makes a gradient of this rank NaN; sleep: never goes on, in Python; exit: leaves without a
-word.
+exception: raises where only this rank is; nan: makes a gradient of this rank NaN; sleep: never goes on, in Python.
 """
 
 from __future__ import annotations
@@ -24,11 +23,7 @@ def sleep(run) -> None:
     time.sleep(600)
 
 
-def leave(run) -> None:
-    os._exit(3)
-
-
-HARMS = {"exception": exception, "nan": nan, "sleep": sleep, "exit": leave}
+HARMS = {"exception": exception, "nan": nan, "sleep": sleep}
 
 
 def main() -> None:

@@ -97,6 +97,15 @@ def test_an_exception_comes_before_what_was_only_guessed(write, tmp_path):
     assert code == FINAL and text.startswith("host node0, rank 1: KeyError") and "also host node1, rank 2: stuck" in text
 
 
+def test_a_rank_that_could_still_speak_was_not_stuck(write, tmp_path):
+    write("seen", 0, 7, cause="stuck", state="R (running)", waiting=[], stack="")
+    write("seen", 1, 8, cause="lost", signal=9, exit_code=0)
+    failure(write, 0, *ECHO)
+    code, text = diagnose(tmp_path, START_S)
+    assert code == RESTARTABLE and text.startswith("host node0, rank 1: killed by signal 9") and "stuck" not in text
+    assert "rank 0 lost touch and ended because of it" in text
+
+
 def test_silent_ranks_when_nobody_saw_their_end(write, tmp_path):
     for rank in (0, 1):
         failure(write, rank, *ECHO)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -103,32 +102,6 @@ def test_a_clock_that_is_ahead(ahead_s: float) -> None:
     assert own.status == OK and own.value.startswith("first +0.000 s")
     assert other.status == (PROBLEM if ahead_s else OK)
     assert abs(float(other.value.split()[1]) - ahead_s) <= float(other.value.split("within ")[1].split()[0]) + 0.001
-
-
-@pytest.mark.slurm
-def test_two_hosts_under_torchrun(tmp_path: Path) -> None:
-    """Two launchers that call their host by different names: clocks, all-reduce and the pair of hosts are measured."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master-addr", "127.0.0.1"]
-    launch += ["--master-port", str(20000 + os.getpid() % 20000)]
-    processes = [
-        subprocess.Popen(
-            [*launch, "--node-rank", str(number), *DOCTOR[1:], "--json"],
-            cwd=tmp_path,
-            env=environment() | {"SLURMD_NODENAME": f"node{number}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    said = [process.communicate(timeout=240) for process in processes]
-    text, error = said[0][0], said[0][1] + said[1][1]
-    assert text, error
-    found = findings(subprocess.CompletedProcess(launch, max(process.returncode for process in processes), text, error))
-    assert {one["host"] for one in found["torch"]} == {"node0", "node1"}
-    assert len(found["clock offset"]) == 2 and all(one["status"] == OK for one in found["clock offset"])
-    assert found["all-reduce"][0]["value"].startswith("2 ranks: 1 MiB in ") and "GB/s" in found["all-reduce"][0]["value"]
-    assert "slowest node0 - node1" in found["host pairs"][0]["value"]
 
 
 def test_the_limit_it_reads_is_this_one(tmp_path: Path) -> None:

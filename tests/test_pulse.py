@@ -215,3 +215,13 @@ def test_the_watch_records_a_signal_but_no_end_that_was_spoken_of(job) -> None:
     wait_for(lambda: 1 in read_records(run_dir, "seen"))
     record = read_records(run_dir, "seen")
     assert list(record) == [1] and (record[1]["cause"], record[1]["signal"], record[1]["exit_code"]) == ("lost", signal.SIGUSR2, 0)
+
+
+def test_the_watch_records_an_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "failures").mkdir()
+    process = subprocess.Popen(["sh", "-c", "sleep 1; exit 3"])
+    write_beat(tmp_path, 0, process.pid)
+    Watch(tmp_path, "here", os.getpid(), range(1), timeout_s=60.0).run()  # until its only rank has ended
+    process.wait()
+    record = read_records(tmp_path, "seen")[0]
+    assert (record["cause"], record["signal"], record["exit_code"]) == ("lost", None, 3)

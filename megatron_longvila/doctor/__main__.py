@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -34,16 +35,21 @@ def join_slurm_step() -> None:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "RANK" in os.environ or tasks == 1:
         return
-    names = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True)
-    hosts = names.stdout.split()
+    first = ask_slurm("show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]
+    address = re.search(r"\bNodeAddr=(\S+)", ask_slurm("show", "node", "-o", first))  # names of nodes need not be names of hosts
     os.environ |= {
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": os.environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
-        "MASTER_ADDR": hosts[0],
-        "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
+        "MASTER_ADDR": address[1] if address else first,
+        "MASTER_PORT": str(12000 + (int(os.environ["SLURM_JOB_ID"]) * 10 + 9) % 20000),  # below those that the kernel hands out
     }
+
+
+def ask_slurm(*words: str) -> str:
+    """What scontrol answers."""
+    return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True).stdout
 
 
 def examine(paths: list[Path], disk_bytes: int, exchange_bytes: int, timeout_s: float) -> list[Finding] | None:

@@ -156,16 +156,6 @@ def test_a_nan_gradient_stops_before_the_weights_change(data: Path, tmp_path: Pa
     first = said.splitlines()[0]
     assert code == 20 and "FloatingPointError: step 3: the gradient is not finite; rank " in first and "samples row-" in first, said
     assert (output / "checkpoints" / "latest").read_text() == "step_0000002\n"
-    code, text = start(*command(data, output, "--training.steps", 4))
-    assert code == 0 and "step_0000002 (step 2" in text and "finished after step 4" in text, text
-
-
-def test_a_rank_that_leaves_without_a_word(data: Path, tmp_path: Path) -> None:
-    output, since_s = tmp_path / "run", time.time()
-    code, text = start(*command(data, output, harm=("exit", 1, 3)))
-    assert code == 1, text
-    code, said = diagnose(output, since_s, text)
-    assert code == 20 and "rank 1: ended with exit code 3 without an exception" in said.splitlines()[0], said
 
 
 def test_a_full_disk_then_room_and_a_cut_checkpoint(data: Path, tmp_path: Path) -> None:
