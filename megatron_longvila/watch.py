@@ -46,7 +46,7 @@ class Watched:
     """A rank of this host.
 
     Attributes:
-        descriptor: readable once the process has ended.
+        descriptor: readable once the process has ended; -1 where the kernel has none.
         stopped_s: since when it is stopped (monotonic), None if it runs.
         named: its record is written.
     """
@@ -98,29 +98,31 @@ class Watch:
             beat = beats.get(rank)
             if beat is None or (beat["host"], beat["parent_pid"]) != (self.host, self.agent):
                 continue  # not there yet; the file is of an earlier run
+            self.watched[rank] = one = Watched(rank, beat["pid"], -1, beat)
             try:
-                descriptor = os.pidfd_open(beat["pid"])
+                one.descriptor = os.pidfd_open(one.pid)
             except ProcessLookupError:
-                self.watched[rank] = Watched(rank, beat["pid"], -1, beat, alive=False)
-                self.bury(self.watched[rank], None)
+                self.bury(one, None)
+            except OSError:  # a kernel before 5.3: it is looked for once a tick
                 continue
-            self.watched[rank] = Watched(rank, beat["pid"], descriptor, beat)
 
     def wait(self) -> None:
         """Sleep for a tick, or until a rank ends."""
         poll = select.poll()
-        by_descriptor = {one.descriptor: one for one in self.watched.values() if one.alive}
+        alive = [one for one in self.watched.values() if one.alive]
+        by_descriptor = {one.descriptor: one for one in alive if one.descriptor >= 0}
         for descriptor in by_descriptor:
             poll.register(descriptor, select.POLLIN)
-        for descriptor, _ in poll.poll(self.tick_s * 1000):
-            one = by_descriptor[descriptor]
-            status = exit_status(one.pid)  # at once: after its parent has fetched it nobody knows
-            one.alive = False
-            os.close(descriptor)
-            self.bury(one, status)
+        ended = [by_descriptor[descriptor] for descriptor, _ in poll.poll(self.tick_s * 1000)]
+        ended += [one for one in alive if one.descriptor < 0 and not is_running(one.pid)]
+        for one in ended:
+            self.bury(one, exit_status(one.pid))  # at once: after its parent has fetched it nobody knows
 
     def bury(self, one: Watched, status: int | None) -> None:
         """Record the end of a rank that has not spoken of it. `status` is the kernel's, None if its parent was faster."""
+        one.alive = False
+        if one.descriptor >= 0:
+            os.close(one.descriptor)
         one.beat = read_records(self.run_dir, "beat", ranks=[one.rank]).get(one.rank, one.beat)
         if one.named or one.beat["phase"] == ENDED or record_path(self.run_dir, "failure", one.rank).exists():
             return
@@ -184,10 +186,11 @@ def process_state(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/status") as stream:
             state = next(line.split(maxsplit=1)[1].strip() for line in stream if line.startswith("State:"))
-        with open(f"/proc/{pid}/wchan") as stream:
-            where = stream.read().strip("0\n ")
     except (OSError, StopIteration):
         return ""
+    where = ""
+    with contextlib.suppress(OSError):  # some kernels do not say
+        where = Path(f"/proc/{pid}/wchan").read_text().strip("0\n ")
     return f"{state} in {where}" if where else state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -217,7 +218,13 @@ def test_the_watch_records_a_signal_but_no_end_that_was_spoken_of(job) -> None:
     assert list(record) == [1] and (record[1]["cause"], record[1]["signal"], record[1]["exit_code"]) == ("lost", signal.SIGUSR2, 0)
 
 
-def test_the_watch_records_an_exit_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("old_kernel", [False, True])
+def test_the_watch_records_an_exit_code(old_kernel: bool, tmp_path: Path, monkeypatch) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(errno.ENOSYS, "there is no such system call")
+
+    if old_kernel:
+        monkeypatch.setattr(os, "pidfd_open", refuse)
     (tmp_path / "failures").mkdir()
     process = subprocess.Popen(["sh", "-c", "sleep 1; exit 3"])
     write_beat(tmp_path, 0, process.pid)

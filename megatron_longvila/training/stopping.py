@@ -30,6 +30,8 @@ class StopSignal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # asked again after it has stopped, it must not die of that
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -84,7 +85,10 @@ def test_a_request_to_stop_that_comes_while_the_ranks_start(data: Path, tmp_path
         while not (output / "heartbeats" / "rank_00001.json").exists():
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.02)
-        os.kill(beat(output, 1)["pid"], signal.SIGUSR1)
+        while process.poll() is None and time.monotonic() < deadline:  # a batch script asks until it has been heard
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(beat(output, 1)["pid"], signal.SIGUSR1)
+            time.sleep(0.5)
         text = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "stopped by a signal after step 1;" in text, text
     assert (output / "checkpoints" / "latest").read_text() == "step_0000001\n"
