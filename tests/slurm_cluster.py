@@ -54,6 +54,7 @@ PreemptMode=REQUEUE
 PreemptExemptTime=00:00:00
 KillWait=30
 MinJobAge=86400
+FirstJobId={first_job}
 SlurmctldTimeout=60
 SlurmdTimeout=20
 InactiveLimit=0
@@ -201,6 +202,7 @@ class Cluster:
         ]
         return CONF.format(
             host=host, controller_port=ports[0], user=pwd.getpwuid(os.getuid()).pw_name, folder=self.folder,
+            first_job=os.getpid() % 1900 + 1,  # the ports of the jobs follow from it, and another cluster may run beside
             nodes="\n".join(lines), names=",".join(self.names),
         )  # fmt: skip
 

@@ -58,6 +58,7 @@ find_master() { # TRY: sets MASTER_ADDR and MASTER_PORT
   fi
   # Below the ports that the kernel hands out (32768 on); ten in a row for each job, so that a try never meets what is left of the one before.
   MASTER_PORT=$((12000 + (SLURM_JOB_ID * 10 + $1 % 10) % 20000))
+  while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done # somebody else listens there
   export MASTER_ADDR MASTER_PORT
 }
 
@@ -70,6 +71,12 @@ job_field() { # NAME: of scontrol's description of this job; nothing if Slurm do
     fi
     sleep 10
   done
+}
+
+came_back() { # whether Slurm has queued this job again; while it clears the nodes it calls every job COMPLETING
+  local restarts
+  restarts=$(job_field Restarts)
+  ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0}))
 }
 
 # A signal to this shell is only noted: a command inside a trap would run in the middle of another one.
@@ -87,7 +94,11 @@ run_step() { # COMMAND...: an srun to its end; a signal that this shell got goes
   while kill -0 "$step" 2>/dev/null; do
     if [[ -n $stop ]] && ((SECONDS >= tell_at)); then
       # Again and again: a rank that is still starting has nobody to hear it. Without --batch this shell gets none of them.
-      ((tell_at)) || say "got $stop: asking all ranks to stop after their step and save"
+      if ((!tell_at)); then
+        say "got $stop: asking all ranks to stop after their step and save"
+        # Said at once: after a lost node this shell is killed before srun has ended.
+        came_back && say "Slurm has queued the job again: it waits until enough nodes are healthy (squeue says why)"
+      fi
       scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null || true # no step yet, or none any more
       tell_at=$((SECONDS + 5))
     fi
