@@ -8,9 +8,8 @@ import logging
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: 
 logger = logging.getLogger(__name__)
 
 SUMMARY = "run_summary.json"
-PACE_STEPS = 50  # the ETA follows the mean of so many recent steps
 
 
 @dataclass
@@ -75,26 +73,6 @@ class Run:
     first_step: int
     folder: Path
     pulse: Pulse
-
-
-@dataclass
-class Pace:
-    """What happened since the last logged step, and how long recent steps took."""
-
-    tokens: float = 0.0
-    frames: float = 0.0
-    flops: float = 0.0
-    elapsed_s: float = 0.0
-    data_wait_s: float = 0.0
-    recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=PACE_STEPS))
-
-    def eta_s(self, steps: int) -> float:
-        """Seconds that so many steps take at the recent pace."""
-        return steps * sum(self.recent_s) / len(self.recent_s)
-
-    def reset(self) -> None:
-        """Begin the next logging interval."""
-        self.tokens = self.frames = self.flops = self.elapsed_s = self.data_wait_s = 0.0
 
 
 def train(config: Config, pulse: Pulse) -> None:
@@ -154,7 +132,7 @@ def build_run(config: Config, pulse: Pulse | None = None) -> Run:
 def fit(run: Run, stop: StopSignal) -> None:
     """Step from `run.first_step` to the end of the run, or to the step in which any rank got a signal."""
     log = open_log(run) if dist.get_rank() == 0 else None
-    pace, config, totals = Pace(), run.config, run.state.totals
+    pace, config, totals = metrics.Pace(), run.config, run.state.totals
     totals.start()
     interval, evaluation_interval = config.checkpoint.save_interval, config.training.evaluation_interval
     with contextlib.closing(iter(run.state.loader)) as batches:
@@ -303,7 +281,9 @@ def whole_parameters(model: DistributedDataParallel) -> Iterator[None]:
         model.enable_forward_pre_hook()
 
 
-def report(run: Run, log: metrics.MetricsLog | None, pace: Pace, number: int, batch: list[MicroBatch], result: dict[str, Any]) -> None:
+def report(
+    run: Run, log: metrics.MetricsLog | None, pace: metrics.Pace, number: int, batch: list[MicroBatch], result: dict[str, Any]
+) -> None:
     """Count a step, and every logging.interval steps write it to metrics.jsonl, the console and the sinks. Collective over all ranks."""
     for name in ("tokens", "frames", "flops"):
         setattr(pace, name, getattr(pace, name) + result[name])

@@ -10,7 +10,8 @@ import json
 import os
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from collections import deque
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,32 @@ from megatron_longvila.config import Config
 
 # Dense bf16 peak of one device in FLOP/s, by a piece of its name. Sources: the vendors' data sheets, figures without sparsity.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+PACE_STEPS = 50  # the ETA follows the mean of so many recent steps
 
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of one device, None if the name is not in the table (a CPU, for one)."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+@dataclass
+class Pace:
+    """What happened since the last logged step, and how long recent steps took."""
+
+    tokens: float = 0.0
+    frames: float = 0.0
+    flops: float = 0.0
+    elapsed_s: float = 0.0
+    data_wait_s: float = 0.0
+    recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=PACE_STEPS))
+
+    def eta_s(self, steps: int) -> float:
+        """Seconds that so many steps take at the recent pace."""
+        return steps * sum(self.recent_s) / len(self.recent_s)
+
+    def reset(self) -> None:
+        """Begin the next logging interval."""
+        self.tokens = self.frames = self.flops = self.elapsed_s = self.data_wait_s = 0.0
 
 
 @dataclass(frozen=True)
