@@ -20,7 +20,7 @@ DAMAGED = {  # fine when preprocessed -> what training says about them
     "overwritten": "is not a known video or image format",
     "shortened": "when it was preprocessed",
     "removed": "is not in the media root",
-    "damaged-inside": "no frame of it decodes",
+    "damaged-inside": "frames asked for decodes",
 }
 REFUSED = {  # id -> the reason in report.json; a row without an id is found by its line
     "empty": "'empty.mp4' is empty (0 bytes)",
