@@ -30,10 +30,10 @@ class StopSignal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # asked again after it has stopped, it must not die of that
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # Asked again after it has stopped, it must not die of that. A mask would cover this thread alone.
+            spent = kind is None and number == signal.SIGUSR1 and handler == signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if spent else handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
