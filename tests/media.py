@@ -106,7 +106,7 @@ def video_bytes(
             output.mux(audio.encode(None))
         output.close()
         data = path.read_bytes()
-    return _set_matrix(data, MATRICES[rotation]) if rotation else data
+    return set_matrix(data, MATRICES[rotation]) if rotation else data
 
 
 def audio_bytes() -> bytes:
@@ -121,7 +121,7 @@ def audio_bytes() -> bytes:
     return file.getvalue()
 
 
-def _set_matrix(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+def set_matrix(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
     """Write the display matrix into the track header of an mp4, as phones do (ISO 14496-12, 8.3.2)."""
     a, b, c, d = (value << 16 for value in matrix)
     start = data.index(b"tkhd") + 4 + 40  # version 0: flags, times, id, duration, layer, volume come first

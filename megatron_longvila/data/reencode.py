@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
 from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, open_source, resolve_below, sniff
@@ -21,9 +22,12 @@ from megatron_longvila.data.shards import canonical_json
 from megatron_longvila.data.stream import VideoStream
 from megatron_longvila.data.workers import Killed, run_tasks
 
-_VERSION = 1  # raise when the same settings make other files
+_VERSION = 2  # raise when the same settings make other files
 _KILL_AFTER_S = 5.0
 _MEASURED_FRAMES = 32  # of each video, to compare decoding before and after
+# AVColorSpace of a frame -> the matrix its copy is coded with; RGB has none and gets BT.601's, all others stay what they are.
+_MATRICES = {0: Colorspace.ITU601, 1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601}
+_MATRICES |= {7: Colorspace.SMPTE240M, 9: Colorspace.BT2020}
 _RATES = [Fraction(number, scale) for number in (24000, 25000, 30000, 48000, 50000, 60000) for scale in (1000, 1001)]
 
 
@@ -90,6 +94,7 @@ def reencode(source: str | Path, target: Path, settings: Settings, *, timeout_s:
     """Write the copy of a video to `target`; returns its number of frames.
 
     The copy shows at tick k the frame of the source that is on screen at (k + 1/2) / fps; for one that does not decode, the one before.
+    Its colours are the source's: limited range, the matrix of the first frame, and both written into the stream.
 
     Raises:
         AsWanted: nothing to do. MediaError: the source cannot be used, or none of its frames decodes.
@@ -107,6 +112,8 @@ def reencode(source: str | Path, target: Path, settings: Settings, *, timeout_s:
         with av.open(str(target), "w", format="mp4", options={"movflags": "+faststart"}) as output:
             video = _add_stream(output, size, rate, settings)
             for tick, picture in enumerate(pictures):
+                if not tick:
+                    _describe_colours(video.codec_context, picture)
                 picture.pts, picture.time_base = tick, 1 / rate
                 picture.pict_type = av.video.frame.PictureType.NONE  # the encoder decides, not the source
                 output.mux(video.encode(picture))
@@ -141,26 +148,29 @@ def _is_as_wanted(stream: VideoStream, times: np.ndarray, rate: Fraction, settin
 
 def _at_ticks(stream: VideoStream, shown: np.ndarray, size: tuple[int, int]) -> Iterator[av.VideoFrame]:
     """The picture of each tick; `shown` is the index of its frame, ascending."""
-    tick, last, picture = 0, None, None
+    tick, last, picture, matrix = 0, None, None, None
     for index, frame in stream.frames():
-        if last is not None:
+        if last is None:
+            matrix = _MATRICES.get(int(frame.colorspace))
+        else:
             while tick < len(shown) and shown[tick] < index:
-                picture = picture or _upright(last, stream.orient(last), size)
+                picture = picture or _upright(last, stream.orient(last), size, matrix)
                 yield picture
                 tick += 1
         last, picture = frame, None
     if last is None:
         raise MediaError("has a video track, but no frame of it decodes")
-    picture = _upright(last, stream.orient(last), size)
+    picture = _upright(last, stream.orient(last), size, matrix)
     for _ in range(tick, len(shown)):
         yield picture
 
 
-def _upright(frame: av.VideoFrame, transpose: Image.Transpose | None, size: tuple[int, int]) -> av.VideoFrame:
-    """The frame as 4:2:0, scaled to `size` once it is upright. Turned plane by plane: no detour over RGB."""
+def _upright(frame: av.VideoFrame, transpose: Image.Transpose | None, size: tuple[int, int], matrix: Colorspace | None) -> av.VideoFrame:
+    """The frame as 4:2:0 of limited range, scaled to `size` once it is upright. Turned plane by plane: no detour over RGB."""
     turned = transpose in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270, Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE)
     width, height = size[::-1] if turned else size
-    scaled = frame.reformat(width=width, height=height, format="yuv420p", interpolation="BICUBIC")
+    colours = {"dst_colorspace": matrix, "dst_color_range": ColorRange.MPEG}
+    scaled = frame.reformat(width=width, height=height, format="yuv420p", interpolation="BICUBIC", **colours)
     if transpose is None:
         return scaled
     luma, *chroma = np.split(scaled.to_ndarray().reshape(-1), [width * height, width * height * 5 // 4])
@@ -168,8 +178,14 @@ def _upright(frame: av.VideoFrame, transpose: Image.Transpose | None, size: tupl
     upright = [np.array(Image.fromarray(np.ascontiguousarray(plane)).transpose(transpose)) for plane in planes]
     joined = np.concatenate([plane.reshape(-1) for plane in upright]).reshape(size[1] * 3 // 2, size[0])
     result = av.VideoFrame.from_ndarray(joined, format="yuv420p")
-    result.colorspace, result.color_range = scaled.colorspace, scaled.color_range
+    _describe_colours(result, scaled)
     return result
+
+
+def _describe_colours(target, picture: av.VideoFrame) -> None:
+    """Give a frame or an encoder the colour tags of `picture`. Without them readers guess, and show other colours."""
+    for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
+        setattr(target, name, getattr(picture, name))
 
 
 def _add_stream(output, size: tuple[int, int], rate: Fraction, settings: Settings):

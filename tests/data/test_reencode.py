@@ -12,13 +12,23 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from media import image_bytes, read_number, video_bytes
+from media import MATRICES, image_bytes, read_number, set_matrix, video_bytes
 from programs import ROOT, environment, load_script
 
 from megatron_longvila.data.media import DEFAULT_LIMITS, MediaError
 from megatron_longvila.data.output import PreprocessError
 from megatron_longvila.data.reencode import AsWanted, Options, Settings, prepare, reencode
 from megatron_longvila.data.video import decode_frames, probe
+
+COLOURS = {  # tags of a source: matrix, range, primaries, transfer
+    "601": (6, 1, 6, 6),
+    "709": (1, 1, 1, 1),
+    "709 full range": (1, 2, 1, 1),
+    "601 full range": (5, 2, 2, 2),
+    "2020": (9, 1, 9, 14),
+    "untagged": (2, 0, 2, 2),
+}
+TAGS = ("colorspace", "color_range", "color_primaries", "color_trc")
 
 ONE_GROUP = {"x264-params": "keyint=250:scenecut=0:bframes=3:threads=1"}
 SETTINGS = Settings(height=64, keyframe_s=0.5, preset="ultrafast", crf=10)
@@ -52,6 +62,49 @@ def test_every_frame_once_upright_with_even_keyframes(tmp_path, rotation):
     with av.open(str(tmp_path / "a.mp4")) as container:
         stamps = sorted(packet.pts * packet.time_base for packet in container.demux(video=0) if packet.pts is not None)
     assert len(set(np.diff(stamps).tolist())) == 1 and stamps[0] == 0
+
+
+def coloured(path: Path, tags: tuple[int, ...], *, encoder: str = "libx264", format: str = "yuv420p") -> Path:
+    """A video of one colour whose planes hold 90, 160 and 100, with colour tags."""
+    with av.open(str(path), "w", format="mp4") as output:
+        video = output.add_stream(encoder, rate=10, options={"crf": "0"})
+        video.width, video.height, video.pix_fmt = 96, 96, format
+        for name, tag in zip(TAGS, tags, strict=True):
+            setattr(video.codec_context, name, tag)
+        for number in range(4):
+            frame = av.VideoFrame(96, 96, format)
+            for plane, level in zip(frame.planes, (90, 160, 100), strict=False):
+                plane.update(bytes([level]) * plane.buffer_size)
+            for name, tag in zip(TAGS, tags, strict=True):
+                setattr(frame, name, tag)
+            frame.pts = number
+            output.mux(video.encode(frame))
+        output.mux(video.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+@pytest.mark.parametrize("kind", COLOURS)
+def test_copies_keep_the_colours(tmp_path, kind, rotation):
+    """To 4 of 255: what one code value of luma (1.17) and one of chroma (2.15, blue of BT.2020) come to."""
+    source = coloured(tmp_path / "a.mp4", COLOURS[kind])
+    if rotation:
+        source.write_bytes(set_matrix(source.read_bytes(), MATRICES[rotation]))
+    reencode(source, tmp_path / "b.mp4", Settings(height=64, crf=1, preset="ultrafast"), timeout_s=None, limits=DEFAULT_LIMITS)
+    before, after = (decode_frames(path, [1], image_size=64)[0].astype(int) for path in (source, tmp_path / "b.mp4"))
+    assert np.abs(before - after).max() <= 4
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        frame = next(container.decode(video=0))
+    space, _, *others = COLOURS[kind]
+    assert [frame.color_range in (0, 1), frame.color_primaries, frame.color_trc] == [True, *others]
+    assert frame.colorspace == {5: 6}.get(space, space)  # 5 and 6 are two names of the matrix of BT.601
+
+
+def test_copies_of_rgb_keep_the_colours(tmp_path):
+    source = coloured(tmp_path / "a.mp4", COLOURS["untagged"], encoder="libx264rgb", format="rgb24")
+    reencode(source, tmp_path / "b.mp4", Settings(height=64, crf=1, preset="ultrafast"), timeout_s=None, limits=DEFAULT_LIMITS)
+    before, after = (decode_frames(path, [1], image_size=64)[0].astype(int) for path in (source, tmp_path / "b.mp4"))
+    assert np.abs(before - after).max() <= 4
 
 
 def test_uneven_stamps_become_even_ones(tmp_path):
