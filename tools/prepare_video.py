@@ -25,12 +25,14 @@ starts at a keyframe, and downloaded videos have them up to 10 seconds apart:
   python tools/preprocess_video.py --input rows.jsonl --media_root /data/media480 --output /data/longvila/train
 
 Every file keeps its name and folder, so rows stay as they are; only --media_root changes. (Content decides how a file is read, so that a
-copy named .mkv holds MP4.) Pictures, and videos that are as wanted already, are linked or copied. Originals are only read. Sound is
-left out: nothing here listens.
+copy named .mkv holds MP4.) Originals are only read. Colours stay, sound is left out: nothing here listens. Pictures, and videos that are
+as wanted already, are hard links where both folders lie on one file system: one file with two names, so that a program that writes into
+such a copy writes into the original. Elsewhere they are copied.
 
 The command can be stopped or killed at any time: the same command goes on where it was, and does nothing once all is done. Other settings
-into the same folder make all copies anew. OUTPUT/report.json lists what was rejected and why, and the gain: bytes before and after, and the
-processor seconds that picking the same frames takes before and after.
+into the same folder make all copies anew. A copy is removed when its original changes into something that is rejected; copies whose
+original is gone stay and are listed. OUTPUT/report.json has these, what was rejected and why, and the gain: bytes before and after, and
+the processor seconds that picking the same frames takes before and after.
 """
 EPILOG = "Exit status: 0 done, 1 nothing could be prepared or the run failed, 2 wrong usage."
 
@@ -97,6 +99,9 @@ def _summarise(report: Report, options: Options) -> None:
         print(f"rejected {row['path']!r}: {row['reason']}")
     if len(report.rejected) > 10:
         print(f"... and {len(report.rejected) - 10} more rejected")
+    if report.without_original:
+        first = report.without_original[0]
+        print(f"{len(report.without_original)} files below {options.output} have no usable original any more, such as {first!r}")
     print(f"{report.prepared} videos re-encoded, {report.kept} files kept as they are, {len(report.rejected)} rejected")
     if report.prepared:
         sizes = f"{report.bytes_before / 2**20:.1f} MiB became {report.bytes_after / 2**20:.1f}"

@@ -68,6 +68,7 @@ class Report:
     Attributes:
         prepared: videos re-encoded; kept: videos that were as wanted already, and pictures; both stand below the output folder.
         rejected: {"path", "reason"}.
+        without_original: files below the output folder that stand for no usable file of the input folder (any more).
         bytes_before, bytes_after: of the re-encoded videos; decode_s_before, decode_s_after: processor seconds of decoding
             `_MEASURED_FRAMES` frames of each, one by one.
         changed: whether anything had to be done.
@@ -76,6 +77,7 @@ class Report:
     prepared: int
     kept: int
     rejected: tuple[dict, ...]
+    without_original: tuple[str, ...]
     bytes_before: int
     bytes_after: int
     decode_s_before: float
@@ -224,7 +226,9 @@ class _Task:
 
 def prepare(options: Options, progress: Progress = lambda iterable, total, unit: iterable) -> Report:
     """Copy every video below the input folder, re-encoded, to the same path below the output folder; pictures and videos that are as
-    wanted already are linked, or copied where links cannot be. What an earlier run finished is left alone.
+    wanted already are linked (one file with two names: writing into one changes the other), or copied where links cannot be. What an
+    earlier run finished is left alone. The copy of an earlier content of a file that is now rejected is removed; one whose original is
+    gone is reported and stays, since it may be the last.
 
     Raises:
         PreprocessError: a folder that cannot be used; OSError where the disk is full or fails.
@@ -248,7 +252,10 @@ def prepare(options: Options, progress: Progress = lambda iterable, total, unit:
                 answers[task.key] = answer
                 if answer.get("final", True):
                     journal.append(task.key, answer)
-    return _report(tasks, answers, refused, bool(todo))
+            for task in tasks:
+                if "error" in answers[task.key] and Path(task.target).is_file():
+                    Path(task.target).unlink()
+    return _report(tasks, answers, refused, _without_original(target, tasks), bool(todo))
 
 
 def _plan(options: Options, source: Path, target: Path) -> tuple[list[_Task], list[dict]]:
@@ -272,6 +279,17 @@ def _plan(options: Options, source: Path, target: Path) -> tuple[list[_Task], li
             key = f"{relative}|{status.st_size}|{status.st_mtime_ns}"
             tasks.append(_Task(key, str(real), str(target / relative), options.settings, options.timeout_s, options.limits))
     return tasks, refused
+
+
+def _without_original(target: Path, tasks: list[_Task]) -> tuple[str, ...]:
+    """Files below the output folder, by relative path, that are nobody's copy. Hidden files and our own are left out."""
+    ours = {str(target / "report.json"), *(task.target for task in tasks)}
+    left = []
+    for folder, names, files in os.walk(target):
+        names[:] = sorted(name for name in names if not name.startswith(".") and Path(folder, name) != target / "state")
+        paths = [Path(folder, name) for name in sorted(files) if not name.startswith(".")]
+        left += [str(path.relative_to(target)) for path in paths if str(path) not in ours]
+    return tuple(left)
 
 
 def _is_done(task: _Task, entry: object) -> bool:
@@ -330,7 +348,7 @@ def _link(source: str, target: Path, partial: Path) -> None:
     partial.unlink(missing_ok=True)  # replacing a file by a link to itself leaves both names
 
 
-def _report(tasks: list[_Task], answers: dict[str, dict], refused: list[dict], changed: bool) -> Report:
+def _report(tasks: list[_Task], answers: dict[str, dict], refused: list[dict], without_original: tuple[str, ...], changed: bool) -> Report:
     rejected = refused + [
         {"path": task.key.rsplit("|", 2)[0], "reason": answers[task.key]["error"]} for task in tasks if "error" in answers[task.key]
     ]
@@ -339,6 +357,7 @@ def _report(tasks: list[_Task], answers: dict[str, dict], refused: list[dict], c
         prepared=len(prepared),
         kept=sum(answer.get("kind") == "kept" for answer in answers.values()),
         rejected=tuple(rejected),
+        without_original=without_original,
         bytes_before=sum(answer["bytes_before"] for answer in prepared),
         bytes_after=sum(answer["bytes_after"] for answer in prepared),
         decode_s_before=sum(answer["decode_s_before"] for answer in prepared),

@@ -173,6 +173,33 @@ def test_a_folder(tmp_path):
     assert probe(tmp_path / "out" / "long.mp4").height == 32
 
 
+def test_copies_of_what_changed_or_went_away(tmp_path, capsys):
+    source, output = tmp_path / "in", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    for name in ("same.mp4", "changed.mp4", "spoilt.mp4", "sub/gone.mp4"):
+        (source / name).write_bytes(video_bytes(range(12), options=ONE_GROUP))
+    assert prepare(Options(source, output, SETTINGS, num_workers=1)).without_original == ()
+    (source / "changed.mp4").write_bytes(video_bytes(range(30), options=ONE_GROUP))
+    (source / "spoilt.mp4").write_bytes(b"no video any more")
+    (source / "sub" / "gone.mp4").unlink()
+    report = prepare(Options(source, output, SETTINGS, num_workers=1))
+    assert [row["path"] for row in report.rejected] == ["spoilt.mp4"] and not (output / "spoilt.mp4").exists()
+    assert report.without_original == ("sub/gone.mp4",) and (output / "sub" / "gone.mp4").is_file()
+    assert probe(output / "changed.mp4").num_frames == 30
+    tool = load_script(ROOT / "tools" / "prepare_video.py")
+    assert tool.main(["--input", str(source), "--output", str(output), "--num_workers", "1"]) == 0
+    assert "1 files below" in (said := capsys.readouterr().out) and "'sub/gone.mp4'" in said
+    assert json.loads((output / "report.json").read_text())["without_original"] == ["sub/gone.mp4"]
+
+
+def test_kept_files_are_links(tmp_path):
+    """As --help says: no second copy on the disk."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "picture.png").write_bytes(image_bytes(3))
+    assert prepare(Options(tmp_path / "in", tmp_path / "out", SETTINGS, num_workers=1)).kept == 1
+    assert os.path.samefile(tmp_path / "in" / "picture.png", tmp_path / "out" / "picture.png")
+
+
 def test_folders_that_cannot_be_meant(tmp_path):
     (tmp_path / "in").mkdir()
     with pytest.raises(PreprocessError, match="not a folder"):
@@ -190,11 +217,14 @@ def test_the_command_killed_and_run_again(tmp_path):
         (source / f"{number}.mp4").write_bytes(data)
     words = [sys.executable, str(ROOT / "tools" / "prepare_video.py"), "--input", str(source), "--output", str(tmp_path / "out")]
     words += ["--height", "128", "--preset", "ultrafast", "--num_workers", "1"]
+    journal = tmp_path / "out" / "state" / "prepared.jsonl"
     with subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as run:
         end = time.monotonic() + 120
-        while not (tmp_path / "out" / "0.mp4").exists() and time.monotonic() < end:
+        while not (journal.exists() and b'"prepared"' in journal.read_bytes()) and time.monotonic() < end:
             time.sleep(0.01)
+        assert run.poll() is None
         os.killpg(run.pid, signal.SIGKILL)
+    assert journal.read_bytes().count(b'"prepared"') < 4
     first = (tmp_path / "out" / "0.mp4").stat().st_mtime_ns
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -203,8 +233,8 @@ def test_the_command_killed_and_run_again(tmp_path):
     assert report["prepared"] == 4 and report["decode_speedup"] > 0 and report["size_ratio"] > 0
     assert len({(tmp_path / "out" / f"{number}.mp4").read_bytes() for number in range(4)}) == 1  # the same whether interrupted or not
     assert not list((tmp_path / "out").glob(".*"))
-    journalled = (tmp_path / "out" / "state" / "prepared.jsonl").read_text().count("prepared")
-    assert journalled == 4 and first > 0
+    assert journal.read_bytes().count(b'"prepared"') == 4
+    assert (tmp_path / "out" / "0.mp4").stat().st_mtime_ns == first  # what the first run had finished was left alone
 
 
 def test_exit_codes(tmp_path, capsys):
