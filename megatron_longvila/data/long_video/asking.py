@@ -13,17 +13,23 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from weakref import WeakValueDictionary
 
 from megatron_longvila.data.long_video.endpoint import Client, EndpointUnusable, Refused, Unanswered
 from megatron_longvila.data.long_video.prompts import Prompt
 from megatron_longvila.data.long_video.records import AnswerStore, Log, WorkError, request_key
 
 _WINDOW = 4  # questions looked ahead per thread: order is kept, so one slow answer holds back at most this much
-_GIVE_UP_AFTER = 20  # questions in a row that no try of theirs got an answer for: the endpoint is down, not the question bad
+_GIVE_UP_AFTER = 20  # questions in a row that the endpoint failed to answer: it is down, the questions are not to blame
+DECLINED = "the endpoint refuses it: "
 
 
 class AnswerError(ValueError):
     """An answer that cannot be used; the message is the reason in rejects."""
+
+
+class Missing(RuntimeError):
+    """What a question shows cannot be read now: a file that is gone, a disk that fails. Says nothing about the endpoint."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Question:
             is not asked about again.
         about: what the record needs to know beside the answer.
         content: makes the user message's content (text, or text and pictures); called only when the question is really asked. Raises
-            AnswerError where it never can, Unanswered where it cannot now.
+            AnswerError where it never can, Missing where it cannot now.
     """
 
     item: str
@@ -83,13 +89,21 @@ class Useless:
 
 
 @dataclass(frozen=True)
-class Pending:
-    """No answer this time; the next run asks again."""
+class Declined:
+    """The endpoint understood the question and does not take it (too long, a picture it cannot read); nothing is stored."""
 
     reason: str
 
 
-Outcome = Answered | Useless | Pending
+@dataclass(frozen=True)
+class Pending:
+    """No answer this time; the next run asks again. `endpoint_failed`: it was asked, and no try got an answer."""
+
+    reason: str
+    endpoint_failed: bool
+
+
+Outcome = Answered | Useless | Declined | Pending
 Parse = Callable[[str], object]
 
 
@@ -115,7 +129,8 @@ def ask_all(
     Leaving the loop early (also by an interrupt) starts no further requests but waits for those on the way, which are paid for.
 
     Raises:
-        EndpointUnusable: no request can succeed, or many in a row were not answered. WorkError, OSError: answers cannot be stored.
+        EndpointUnusable: no request can succeed, or the endpoint failed many questions in a row.
+        WorkError, OSError: answers cannot be stored.
     """
     one = _OneQuestion(parse, asker, store, client)
     waiting: deque[tuple[Question, Future]] = deque()
@@ -130,7 +145,10 @@ def ask_all(
                 return
             question, future = waiting.popleft()
             outcome = future.result()
-            unanswered = unanswered + 1 if isinstance(outcome, Pending) else 0
+            if not isinstance(outcome, Pending):
+                unanswered = 0
+            elif outcome.endpoint_failed:  # a missing file says nothing about the endpoint, neither that it fails nor that it answers
+                unanswered += 1
             if unanswered >= _GIVE_UP_AFTER:
                 raise EndpointUnusable(f"{unanswered} questions in a row got no answer, the last one: {outcome.reason}")
             yield question, outcome
@@ -145,7 +163,7 @@ class _OneQuestion:
     def __init__(self, parse: Parse, asker: Asker, store: AnswerStore, client: Client):
         self._parse, self._asker, self._store, self._client = parse, asker, store, client
         self._lock = threading.Lock()
-        self._on_the_way: dict[str, threading.Lock] = {}
+        self._on_the_way: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()  # held by those who ask, and gone with them
 
     def ask(self, question: Question) -> Outcome:
         reasons, content = [], None
@@ -160,9 +178,13 @@ class _OneQuestion:
                         answer = self._send(question, content, number)
                     except AnswerError as error:  # the question cannot be made: its video or image does not open
                         return Useless(str(error))
-                    except (Unanswered, Refused) as error:
-                        return Pending(str(error))
-                    self._store.put(key, answer)
+                    except Missing as error:
+                        return Pending(str(error), endpoint_failed=False)
+                    except Unanswered as error:
+                        return Pending(str(error), endpoint_failed=True)
+                    except Refused as error:
+                        return Declined(f"{DECLINED}{error}")
+                    self._store.put(key, answer, self._asker.model)
             try:
                 value = self._read(answer)
                 return Answered(value, {name: part for name, part in request.items() if name != "input"} | {"answered_by": answer["model"]})

@@ -113,7 +113,7 @@ class Gate:
 
 
 class Client:
-    """Asks an endpoint; used by many threads at once. `on_fault(kind, detail)` hears of every failed try."""
+    """Asks an endpoint; used by many threads at once. `on_fault(kind, detail)` hears of every failed try, a refusal included."""
 
     def __init__(self, endpoint: Endpoint, on_fault: Callable[[str, str], None]):
         self.endpoint = endpoint
@@ -132,6 +132,9 @@ class Client:
             except _Fault as fault:
                 self._on_fault(fault.kind, self.redact(str(fault)))
                 last = fault
+            except Refused as refusal:
+                self._on_fault("refused", str(refusal))
+                raise
             if attempt + 1 < self.endpoint.max_tries:
                 backoff_s = min(self.endpoint.max_backoff_s, self.endpoint.backoff_s * 2**attempt)
                 if last.wait_s is not None:

@@ -5,6 +5,7 @@
     WORK/answers/faults.jsonl   every fault of an endpoint, one line each
     WORK/<stage>.jsonl          what the stage hands on, made from the answers alone, in the order of the input, replaced as a whole
     WORK/<stage>.rejects.jsonl  what it refused and why
+    WORK/<stage>.pending.jsonl  while it is unfinished: what the last run got no answer to, and why
     WORK/<stage>.report.json    counts, and the hash of what it was made from
 
 A kill can only cut the last line of a log; that line is dropped on the next start. All else is a pure function of the logs and the
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -123,14 +124,17 @@ class Log:
         return end
 
 
+_NO_USAGE = {"answers": 0, "answers_without_usage": 0, "prompt_tokens": 0, "completion_tokens": 0}
+
+
 class AnswerStore:
-    """Answers by request key, on disk; memory holds only where each stands. `usage` sums what all stored answers cost, ever."""
+    """Answers by request key, on disk; memory holds only where each stands."""
 
     def __init__(self, path: Path):
         self._log = Log(path)
         self._places: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
-        self.usage = {"answers": 0, "answers_without_usage": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        self._usage: dict[str, dict[str, int]] = {}
         try:
             for offset, size, record in self._log.scan():
                 self._count(record, (offset, size))
@@ -158,10 +162,18 @@ class AnswerStore:
         place = self._places.get(key)
         return None if place is None else self._log.read(*place)["answer"]
 
-    def put(self, key: str, answer: dict) -> None:
-        """Store an answer: {"text", "finish_reason", "model", "usage"}. On the disk when this returns."""
+    def usage_of(self, model: str) -> dict[str, int]:
+        """What all stored answers of a model have used, whatever the prompt they answer."""
+        return dict(self._usage.get(model, _NO_USAGE))
+
+    def usage_without(self, model: str) -> dict[str, dict[str, int]]:
+        """The same of each other model."""
+        return {name: dict(usage) for name, usage in sorted(self._usage.items()) if name != model}
+
+    def put(self, key: str, answer: dict, model: str) -> None:
+        """Store an answer of `model` as it was asked for: {"text", "finish_reason", "model", "usage"}. On the disk when this returns."""
         assert key not in self._places, f"the answer to {key} is stored already and was asked for again"
-        record = {"key": key, "answer": answer}
+        record = {"key": key, "model": model, "answer": answer}
         place = self._log.append(record)
         with self._lock:
             self._count(record, place)
@@ -169,13 +181,15 @@ class AnswerStore:
     def _count(self, record: dict, place: tuple[int, int]) -> None:
         try:
             key, usage = record["key"], record["answer"]["usage"]
+            model = record.get("model", record["answer"]["model"])  # older lines name only who answered
         except (KeyError, TypeError):
             raise WorkError(f"{self._log.path} holds a line that is no answer; delete it or give another --work folder") from None
         self._places[key] = place
-        self.usage["answers"] += 1
-        self.usage["answers_without_usage"] += usage is None
+        total = self._usage.setdefault(model, dict(_NO_USAGE))
+        total["answers"] += 1
+        total["answers_without_usage"] += usage is None
         for name in ("prompt_tokens", "completion_tokens"):
-            self.usage[name] += usage[name] if usage else 0
+            total[name] += usage[name] if usage else 0
 
 
 def request_key(request: dict) -> str:
@@ -189,16 +203,35 @@ def request_key(request: dict) -> str:
 def write_stage(work: Path, stage: str, records: Iterable[dict], rejects: Iterable[dict], report: dict, *, sources: list[Path]) -> dict:
     """Replace a stage's three files and return the report as written. `rejects` and `report` are read once `records` are taken.
 
-    The report comes last and names the hashes of `sources`, so that a half-written stage is no finished one.
+    Records go to the disk one by one; a stage that fails among them leaves what an earlier run wrote as it was. The report comes last and
+    names the hashes of `sources`, so that a half-written stage is no finished one.
     """
-    (work / f"{stage}.report.json").unlink(missing_ok=True)
-    data = b"".join(_line(record) for record in records)
-    write_atomically(work / f"{stage}.jsonl", data)
-    write_atomically(work / f"{stage}.rejects.jsonl", b"".join(_line(record) for record in rejects))
+    report_path = work / f"{stage}.report.json"
+    digest = write_lines(work / f"{stage}.jsonl", records, before=lambda: report_path.unlink(missing_ok=True))
+    write_lines(work / f"{stage}.rejects.jsonl", rejects)
     made_from = {source.name: file_hash(source) for source in sources}
-    report = {"stage": stage, "made_from": made_from, "hash": hashlib.sha256(data).hexdigest(), **report}
-    write_atomically(work / f"{stage}.report.json", json.dumps(report, indent=1).encode() + b"\n")
+    report = {"stage": stage, "made_from": made_from, "hash": digest, **report}
+    write_atomically(report_path, json.dumps(report, indent=1).encode() + b"\n")
     return report
+
+
+def write_lines(path: Path, records: Iterable[dict], *, before: Callable[[], None] = lambda: None) -> str:
+    """Replace a file as a whole by a line per record, without keeping them; `before` runs once all are written. Returns their sha256."""
+    temporary, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
+    try:
+        with open(temporary, "wb") as file:
+            for record in records:
+                line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+                digest.update(line)
+                file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        before()
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
 
 
 def read_stage(work: Path, stage: str) -> Iterator[dict]:
@@ -240,16 +273,10 @@ def read_report(work: Path, stage: str) -> dict:
         source = work / name
         if not source.is_file() or file_hash(source) != digest:
             raise WorkError(f"{name} has changed since `{stage}` ran; run `{stage}` again (stored answers are not asked for again)")
-        earlier = name.removesuffix(".jsonl")
-        if (work / f"{earlier}.report.json").is_file():
-            read_report(work, earlier)
+        read_report(work, name.removesuffix(".jsonl"))
     return report
 
 
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _line(record: dict) -> bytes:
-    return json.dumps(record, separators=(",", ":")).encode() + b"\n"

@@ -31,6 +31,7 @@ from megatron_longvila.data.shards import canonical_json
 from megatron_longvila.data.stream import VideoStream
 from megatron_longvila.data.workers import Killed, run_tasks
 
+LINKED_FOLDER = "is a link to a folder; give that folder itself, or copy it"
 _KILL_AFTER_S = 5.0
 _SHOT_WIDTH = 160  # pixels; the detector's own default scales down to about this
 _SHOT_BATCH = 500  # frames held at a time

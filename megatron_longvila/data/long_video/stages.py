@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import chain, groupby
 from pathlib import Path
 
 from megatron_longvila.data.long_video.answers import parse_caption, parse_questions, parse_summary
 from megatron_longvila.data.long_video.asking import (
+    DECLINED,
     Answered,
     AnswerError,
     Asker,
+    Declined,
     FaultLog,
+    Missing,
     Parse,
     Pending,
     Question,
     ask_all,
     check_writable,
 )
-from megatron_longvila.data.long_video.endpoint import Client, Endpoint, EndpointUnusable, Unanswered
+from megatron_longvila.data.long_video.endpoint import Client, Endpoint, EndpointUnusable
 from megatron_longvila.data.long_video.pictures import ClipReader, PictureOptions, clip_frames, picture_content, read_image
 from megatron_longvila.data.long_video.prompts import DOMAINS, QUESTION_TYPES
-from megatron_longvila.data.long_video.records import AnswerStore, Log, WorkError, file_hash, read_report, read_stage, write_stage
+from megatron_longvila.data.long_video.records import (
+    AnswerStore,
+    Log,
+    WorkError,
+    file_hash,
+    read_report,
+    read_stage,
+    write_lines,
+    write_stage,
+)
+from megatron_longvila.data.long_video.segments import LINKED_FOLDER
 from megatron_longvila.data.media import MediaError, MediaUnreadable, natural_key, open_source, resolve_below
 from megatron_longvila.data.output import Progress
 from megatron_longvila.data.rows import RowError, read_rows
@@ -60,7 +74,10 @@ class Incomplete(WorkError):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage that asks: `total` questions, how an answer is read and becomes records, what is refused unasked, its input files."""
+    """A stage that asks: `total` questions (for the bar), how an answer is read and becomes records, and its input files.
+
+    `refused` and `pending` are what is not asked at all, for good or this time; they may grow while `questions` is read.
+    """
 
     name: str
     questions: Iterable[Question]
@@ -69,44 +86,88 @@ class StagePlan:
     collect: Collect
     refused: list[dict]
     sources: list[Path]
+    pending: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class _Tally:
+    """What became of the questions, filled while they are asked; only what is no record is kept."""
+
+    asked: int = 0
+    answered: int = 0
+    records: int = 0
+    declined: int = 0
+    rejects: list[dict] = field(default_factory=list)
+    pending: list[dict] = field(default_factory=list)
 
 
 def run_stage(plan: StagePlan, service: Service, work: Path) -> dict:
     """Ask everything that has no stored answer, then write the stage's files. Returns the report.
 
+    What is left open is listed in WORK/STAGE.pending.jsonl, which a finished stage does not have.
+
     Raises:
         Incomplete: the endpoint left questions open; WorkError: answers cannot be stored, or the endpoint is unusable.
     """
-    stage, total = plan.name, plan.total
-    records, rejects, pending = [], list(plan.refused), []
-    with AnswerStore(work / "answers" / f"{stage}.jsonl") as store, Log(work / "answers" / "faults.jsonl", durable=False) as log:
-        faults = FaultLog(log, stage)
-        stored = len(store)
+    tally, report = _Tally(), {}
+    open_questions = work / f"{plan.name}.pending.jsonl"
+    with AnswerStore(work / "answers" / f"{plan.name}.jsonl") as store, Log(work / "answers" / "faults.jsonl", durable=False) as log:
+        faults = FaultLog(log, plan.name)
         try:
-            outcomes = ask_all(plan.questions, plan.parse, service.asker, store, Client(service.endpoint, faults))
-            for question, outcome in service.progress(outcomes, total, stage):
+            with closing(_ask(plan, service, store, faults, tally, report)) as records:
+                rejects = chain(plan.refused, tally.rejects)
+                report = write_stage(work, plan.name, records, rejects, report, sources=plan.sources)
+        except Incomplete:
+            write_lines(open_questions, chain(plan.pending, tally.pending))
+            raise
+    open_questions.unlink(missing_ok=True)
+    return report
+
+
+def _ask(plan: StagePlan, service: Service, store: AnswerStore, faults: FaultLog, tally: _Tally, report: dict) -> Iterator[dict]:
+    """The records in the order of the questions. Fills `tally` on the way and `report` at the end; raises as run_stage."""
+    stored, asker = len(store), service.asker
+    try:
+        with closing(ask_all(plan.questions, plan.parse, asker, store, Client(service.endpoint, faults))) as outcomes:
+            for question, outcome in service.progress(outcomes, plan.total, plan.name):
+                tally.asked += 1
                 if isinstance(outcome, Answered):
-                    records += plan.collect(question, outcome.value, outcome.origin)
-                elif isinstance(outcome, Pending):
-                    pending.append({"item": question.item, "reason": outcome.reason})
+                    tally.answered += 1
+                    for record in plan.collect(question, outcome.value, outcome.origin):
+                        tally.records += 1
+                        yield record
                 else:
-                    rejects.append({"item": question.item, "reason": outcome.reason})
-        except EndpointUnusable as error:
-            raise Incomplete(f"{error}; {len(store) - stored} new answers are stored and the same command goes on") from None
-        except OSError as error:
-            raise check_writable(error) from None
-        usage, faults_seen = dict(store.usage), dict(sorted(faults.counts.items()))
+                    tally.declined += isinstance(outcome, Declined)
+                    kind = tally.pending if isinstance(outcome, Pending) else tally.rejects
+                    kind.append({"item": question.item, "reason": outcome.reason})
+    except EndpointUnusable as error:
+        raise Incomplete(f"{error}; {len(store) - stored} new answers are stored and the same command goes on") from None
+    except OSError as error:
+        raise check_writable(error) from None
+    faults_seen = dict(sorted(faults.counts.items()))
+    _check_complete(plan, tally, faults_seen, len(store) - stored)
+    usage, prices = store.usage_of(asker.model), service.prices
+    dollars = (usage["prompt_tokens"] * prices.prompt + usage["completion_tokens"] * prices.completion) / 1e6
+    made_with = {"model": asker.model, "prompt": asker.prompt.name, "prompt_sha256": asker.prompt.hash, "sampling": asdict(asker.sampling)}
+    report |= {"questions": tally.asked, "records": tally.records, "rejected": len(plan.refused) + len(tally.rejects), **made_with}
+    report |= {"usage": usage, "dollars": round(dollars, 6), "usage_of_other_models": store.usage_without(asker.model)}
+    report |= {"faults": faults_seen}
+
+
+def _check_complete(plan: StagePlan, tally: _Tally, faults: dict[str, int], new_answers: int) -> None:
+    pending = plan.pending + tally.pending
     if pending:
         raise Incomplete(
-            f"{len(pending)} of {total} questions got no answer (faults so far: {faults_seen}), the first one: {pending[0]['item']}: "
-            f"{pending[0]['reason']}; {len(store) - stored} new answers are stored, and the same command asks for the rest"
+            f"{len(pending)} of {tally.asked + len(plan.pending)} questions got no answer (faults so far: {faults}), the first one: "
+            f"{pending[0]['item']}: {pending[0]['reason']}; {new_answers} new answers are stored, and the same command asks for the rest "
+            f"({plan.name}.pending.jsonl)"
         )
-    dollars = (usage["prompt_tokens"] * service.prices.prompt + usage["completion_tokens"] * service.prices.completion) / 1e6
-    asker = service.asker
-    made_with = {"model": asker.model, "prompt": asker.prompt.name, "prompt_sha256": asker.prompt.hash, "sampling": asdict(asker.sampling)}
-    report = {"questions": total, "records": len(records), "rejected": len(rejects), **made_with}
-    report |= {"usage": usage, "dollars": round(dollars, 6), "faults": faults_seen}
-    return write_stage(work, stage, records, rejects, report, sources=plan.sources)
+    if tally.declined and not tally.answered:  # a wrong flag looks like this; one film that is too long does not
+        first = next(row for row in tally.rejects if row["reason"].startswith(DECLINED))
+        raise Incomplete(
+            f"no question was answered and {tally.declined} of {tally.asked} were refused, the first one: {first['item']}: "
+            f"{first['reason']}; look at what the endpoint takes, and run the same command again"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ caption
@@ -139,7 +200,7 @@ def _ask_clip(video: dict, number: int, root: Path, reader: ClipReader, asker: A
             path = resolve_below(root, video["video"])
             return picture_content(user, reader.read(path, video["size"], video["num_frames"], indices))
         except MediaUnreadable as error:
-            raise Unanswered(f"{error}; bring it back, or run `segment` again without it") from None
+            raise Missing(f"{error}; bring it back, or run `segment` again without it") from None
         except MediaError as error:
             raise AnswerError(str(error)) from None
 
@@ -155,21 +216,32 @@ def _clip_record(question: Question, value: str, origin: dict) -> Iterator[dict]
 
 def caption_images(service: Service, pictures: PictureOptions, source: Path, media_root: Path | None, work: Path) -> dict:
     """WORK/images.jsonl: rows for preprocess_video with the pictures of a folder, or of a file of rows, and new captions."""
-    found = list(_find_images(source, media_root))
-    root = media_root or source
-    refused = [{"item": name, "reason": reason} for name, _, reason in found if reason]
-    questions = (_ask_image(name, row_id, root, service.asker, pictures) for name, row_id, reason in found if not reason)
-    plan = StagePlan("images", questions, len(found) - len(refused), parse_caption, _image_record, refused, [])
+    total = sum(1 for _ in _find_images(source, media_root))
+    refused: list[dict] = []
+    pending: list[dict] = []
+
+    def questions() -> Iterator[Question]:
+        for name, row_id, reason in _find_images(source, media_root):
+            if reason is None:
+                try:
+                    yield _ask_image(name, row_id, media_root or source, service.asker, pictures)
+                    continue
+                except Missing as error:
+                    pending.append({"item": name, "reason": str(error)})
+                    continue
+                except MediaError as error:
+                    reason = str(error)
+            refused.append({"item": name, "reason": reason})
+
+    plan = StagePlan("images", questions(), total, parse_caption, _image_record, refused, [], pending)
     return run_stage(plan, service, work)
 
 
 def _find_images(source: Path, media_root: Path | None) -> Iterator[tuple[str, str, str | None]]:
     """(path below the root, id of the row, why it is refused or None) of each picture."""
     if source.is_dir():
-        paths = [Path(folder) / file for folder, _, files in os.walk(source) for file in files]
-        names = [os.path.relpath(path, source) for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-        for name in sorted(names, key=natural_key):
-            yield name, _row_id(name), _problem(source, name)
+        for name, reason in _walk_images(source, ""):
+            yield name, _row_id(name), reason
         return
     if media_root is None:
         raise WorkError(f"--images {source} is a file of rows; say with --media_root where their paths start")
@@ -183,9 +255,23 @@ def _find_images(source: Path, media_root: Path | None) -> Iterator[tuple[str, s
             else:
                 again = f"its id {row.id!r} was used before" if row.id in seen else None
                 seen.add(row.id)
-                yield row.media[0].path, row.id, again or _problem(media_root, row.media[0].path)
+                yield row.media[0].path, row.id, again
     except (OSError, ValueError) as error:
         raise WorkError(f"--images {source} cannot be read: {error}") from None
+
+
+def _walk_images(root: Path, below: str) -> Iterator[tuple[str, str | None]]:
+    """(path below `root`, why it is refused or None) of a folder's pictures in natural order; holds the names of one folder at a time."""
+    with os.scandir(root / below) as entries:
+        found = [entry.name + "/" * entry.is_dir() for entry in entries]
+    for name in sorted(found, key=natural_key):  # a folder with its slash: the order is that of the whole paths
+        path = below + name
+        if name.endswith("/") and os.path.islink(root / path[:-1]):
+            yield path[:-1], LINKED_FOLDER
+        elif name.endswith("/"):
+            yield from _walk_images(root, path)
+        elif Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            yield path, None
 
 
 def _row_id(name: str) -> str:
@@ -193,29 +279,24 @@ def _row_id(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def _problem(root: Path, name: str) -> str | None:
-    try:
-        resolve_below(root, name)
-    except MediaError as error:
-        return str(error)
-    return None
-
-
 def _ask_image(name: str, row_id: str, root: Path, asker: Asker, pictures: PictureOptions) -> Question:
+    """Raises MediaError when the picture can never be shown, Missing when it cannot be read now."""
     system, user = asker.prompt.messages({})
     path = resolve_below(root, name)
     try:
         with open_source(path):
             pass
         digest = file_hash(path)
-    except (MediaError, OSError):
-        digest = ""  # content() says what is wrong with it
+    except MediaUnreadable as error:
+        raise Missing(str(error)) from None
+    except OSError as error:
+        raise Missing(f"cannot be read: {error.strerror or error}") from None
 
     def content() -> list[dict]:
         try:
             return picture_content(user, [read_image(path, pictures)])
         except MediaUnreadable as error:
-            raise Unanswered(str(error)) from None
+            raise Missing(str(error)) from None
         except MediaError as error:
             raise AnswerError(str(error)) from None
 

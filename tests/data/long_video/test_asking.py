@@ -1,6 +1,5 @@
 """An endpoint that fails in every way: nothing is lost, everything is counted, nothing asked twice, and the key stays where it belongs."""
 
-import json
 import socket
 import threading
 import time
@@ -11,7 +10,19 @@ import pytest
 from scripted_server import FAULTS, ScriptedServer
 
 from megatron_longvila.data.long_video.answers import parse_caption
-from megatron_longvila.data.long_video.asking import Answered, AnswerError, Asker, FaultLog, Pending, Question, Sampling, Useless, ask_all
+from megatron_longvila.data.long_video.asking import (
+    Answered,
+    AnswerError,
+    Asker,
+    Declined,
+    FaultLog,
+    Missing,
+    Pending,
+    Question,
+    Sampling,
+    Useless,
+    ask_all,
+)
 from megatron_longvila.data.long_video.endpoint import Client, Endpoint, EndpointUnusable, Refused, Unanswered, _retry_after
 from megatron_longvila.data.long_video.prompts import Prompt
 from megatron_longvila.data.long_video.records import AnswerStore, Log
@@ -44,7 +55,7 @@ def run(folder: Path, server: ScriptedServer, asked: list[Question], parse=parse
     with AnswerStore(folder / "answers") as store, Log(folder / "faults") as log:
         faults = FaultLog(log, "caption")
         outcomes = list(ask_all(asked, parse, who or asker(), store, Client(endpoint, faults)))
-        return outcomes, faults.counts, dict(store.usage)
+        return outcomes, faults.counts, store.usage_of("m")
 
 
 def test_every_fault_is_outlived_and_counted(tmp_path):
@@ -155,6 +166,17 @@ def test_an_endpoint_that_is_down_stops_the_run_and_loses_nothing(tmp_path):
         list(ask_all(questions(map(str, range(100))), parse_caption, asker(), store, client))
 
 
+def test_missing_files_do_not_stop_the_questions_after_them(tmp_path):
+    def gone():
+        raise Missing("cannot be read")
+
+    asked = questions(map(str, range(60)))
+    asked[10:40] = [Question(f"q{number}", {"film": number}, {}, "", gone) for number in range(10, 40)]
+    with ScriptedServer(echo) as server:
+        outcomes, _, _ = run(tmp_path, server, asked)
+    assert [type(outcome) for _, outcome in outcomes] == [Answered] * 10 + [Pending] * 30 + [Answered] * 20 and len(server.requests) == 30
+
+
 def test_open_questions_stay_open_and_refused_ones_are_not_repeated(tmp_path):
     with ScriptedServer(echo, lambda digest, seen: "500") as server:
         outcomes, counts, _ = run(tmp_path, server, questions(["a", "b"]), max_tries=3)
@@ -162,11 +184,11 @@ def test_open_questions_stay_open_and_refused_ones_are_not_repeated(tmp_path):
         assert counts == {"server_error": 6} and len(server.requests) == 6
     with ScriptedServer(echo, lambda digest, seen: "400") as server:
         outcomes, _, _ = run(tmp_path, server, questions(["a"]))
-        assert isinstance(outcomes[0][1], Pending) and len(server.requests) == 1
+        assert isinstance(outcomes[0][1], Declined) and "HTTP 400" in outcomes[0][1].reason and len(server.requests) == 1
     with ScriptedServer(echo) as server:
         outcomes, counts, _ = run(tmp_path, server, questions(["a", "b"]))
         assert [outcome.value for _, outcome in outcomes] == ["Answer to a", "Answer to b"]
-        assert counts == {"server_error": 6}
+        assert counts == {"server_error": 6, "refused": 1}
 
 
 @pytest.mark.parametrize("status", ["401", "403", "404", "302"])
@@ -240,8 +262,8 @@ def test_a_key_that_cannot_be_a_header_is_refused_unseen():
     assert KEY not in repr(Endpoint("http://h/v1", key=KEY))
 
 
-def test_refused_is_no_fault():
+def test_a_refusal_is_counted_and_not_tried_again():
+    heard = []
     with ScriptedServer(echo, lambda digest, seen: "422") as server, pytest.raises(Refused, match="HTTP 422"):
-        Client(Endpoint(server.url), lambda *_: pytest.fail("counted")).complete(
-            {"messages": [{"role": "user", "content": json.dumps("a")}]}
-        )
+        Client(Endpoint(server.url), lambda kind, _: heard.append(kind)).complete({"messages": [{"role": "user", "content": "a"}]})
+    assert heard == ["refused"] and len(server.requests) == 1

@@ -302,10 +302,12 @@ def test_an_open_stage_says_so_and_the_next_one_does_not_run(films, tmp_path, ca
         build(work, root, server.url, ["segment"])
         assert TOOL.main([*words("caption", work, root, server.url), "--max_tries", "2"]) == 3
         assert "3 of 3 questions got no answer" in capsys.readouterr().err
+        assert [row["item"] for row in read_lines(work / "caption.pending.jsonl")] == ["a.mp4#0", "a.mp4#1", "a.mp4#2"]
         assert TOOL.main(words("summarize", work, root, server.url)) == 1
         assert "`caption` has not finished" in capsys.readouterr().err
     with ScriptedServer() as server:
         build(work, root, server.url, ["caption", "summarize"])
+        assert not (work / "caption.pending.jsonl").exists()
         make_film(root / "b.mp4", [Scene("blue", 10)])
         build(work, root, server.url, ["segment"])
         assert TOOL.main(words("qa", work, root, server.url)) == 1
@@ -313,6 +315,40 @@ def test_an_open_stage_says_so_and_the_next_one_does_not_run(films, tmp_path, ca
         before = len(server.requests)
         build(work, root, server.url)
         assert len(server.requests) == before + 1 + 1 + 2  # the new clip, the new summary, questions of both
+
+
+def test_a_video_that_the_endpoint_refuses_is_a_reject_and_the_others_go_on(tmp_path, capsys):
+    root, work = tmp_path / "videos", tmp_path / "work"
+    for number, name in enumerate("ab"):
+        make_film(root / f"{name}.mp4", [Scene("red", 10), Scene("blue", 10 + 5 * number)], number=number)
+    with ScriptedServer() as server:
+        build(work, root, server.url, ["segment", "caption"])
+        for stage in ("summarize", "qa"):
+            start = len(server.requests)
+            server.fault = lambda digest, seen, start=start: "400" if digest == server.requests[start] else None
+            build(work, root, server.url, [stage])
+        reasons = {row["item"]: row["reason"] for row in read_lines(work / "summarize.rejects.jsonl")}
+        assert len(reasons) == 1 and all(reason.startswith("the endpoint refuses it: HTTP 400") for reason in reasons.values())
+        report = json.loads((work / "summarize.report.json").read_text())
+        assert report["rejected"] == 1 == report["records"] and report["faults"] == {"refused": 1}
+        server.fault = lambda digest, seen: None
+        build(work, root, server.url, ["summarize"])  # another day, a longer context
+        assert len(read_lines(work / "summarize.jsonl")) == 2
+        server.fault = lambda digest, seen: "422"  # one that takes nothing: the settings are wrong, not the films
+        assert TOOL.main([*words("summarize", work, root, server.url), "--seed", "1"]) == 3
+        assert "2 of 2 were refused" in capsys.readouterr().err and len(read_lines(work / "summarize.jsonl")) == 2
+
+
+def test_the_cost_is_that_of_the_model_in_the_report(tmp_path):
+    root, work = tmp_path / "videos", tmp_path / "work"
+    make_film(root / "a.mp4", [Scene("red", 10)])
+    with ScriptedServer() as server:
+        build(work, root, server.url, ["segment", "caption", "summarize"])
+        assert TOOL.main([*words("summarize", work, root, server.url), "--model", "dear", "--price_prompt", "1000000"]) == 0
+    report = json.loads((work / "summarize.report.json").read_text())
+    used, other = report["usage"], report["usage_of_other_models"]
+    assert report["model"] == "dear" and used["answers"] == 1 and report["dollars"] == pytest.approx(used["prompt_tokens"] + 7e-5)
+    assert other.keys() == {"scripted"} and other["scripted"]["prompt_tokens"] == used["prompt_tokens"] - 1
 
 
 def test_a_video_that_is_gone_for_a_while_stays_open(tmp_path, capsys):
@@ -364,6 +400,38 @@ def test_images_get_captions_and_keep_their_ids(tmp_path, capsys):
         assert len(reasons) == 5 and all(word in reason for word, reason in zip(expected, reasons, strict=True))
     code, text = preprocess(tmp_path / "work" / "images.jsonl", root, tmp_path / "dataset")
     assert code == 0, text
+
+
+def test_pictures_that_come_and_go_while_the_stage_runs(tmp_path, monkeypatch):
+    """Gone after the folder was read: refused. There but not readable now: open, and no question without a digest is asked."""
+    root, work = tmp_path / "images", tmp_path / "work"
+    (root / "sub").mkdir(parents=True)
+    for number in range(12):
+        (root / f"{number}.png").write_bytes(image_bytes(number))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").write_bytes(image_bytes(20))
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "sub" / "a.png").write_bytes(image_bytes(30))
+
+    def answer(*_):
+        (root / "11.png").unlink(missing_ok=True)
+        return "A grid."
+
+    def hash_or_fail(path: Path) -> str:
+        if path.name == "10.png" and failing:
+            raise OSError(5, "Input/output error")
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    failing = [True]
+    monkeypatch.setattr("megatron_longvila.data.long_video.stages.file_hash", hash_or_fail)
+    with ScriptedServer(answer) as server:
+        line = ["caption", "--work", str(work), "--model", "m", "--endpoint", server.url, "--images", str(root), "--concurrency", "1"]
+        assert TOOL.main(line) == 3
+        assert read_lines(work / "images.pending.jsonl") == [{"item": "10.png", "reason": "cannot be read: Input/output error"}]
+        failing.clear()
+        assert TOOL.main(line) == 0 and len(server.requests) == 12
+    assert [row["id"] for row in read_lines(work / "images.jsonl")] == [*(f"{number}.png" for number in range(11)), "sub/a.png"]
+    assert {row["item"]: row["reason"] for row in read_lines(work / "images.rejects.jsonl")}["linked"].startswith("is a link to a folder")
 
 
 def test_a_list_of_names(films, tmp_path, capsys):

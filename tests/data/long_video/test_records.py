@@ -1,11 +1,13 @@
 """The store under kills: whatever is cut, what was whole stays, nothing else appears, and the next line is whole."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -23,16 +25,16 @@ def test_a_log_cut_at_every_byte_keeps_exactly_the_whole_lines(tmp_path):
     whole = tmp_path / "whole"
     with AnswerStore(whole) as store:
         for number in range(4):
-            store.put(f"k{number}", answer(f"text {number} \ud800 \u00fc\n"))
+            store.put(f"k{number}", answer(f"text {number} \ud800 \u00fc\n"), "m")
     data = whole.read_bytes()
     for size in range(len(data) + 1):
         path = tmp_path / "cut"
         path.write_bytes(data[:size])
         kept = data[:size].count(b"\n")
         with AnswerStore(path) as store:
-            assert len(store) == kept == store.usage["answers"]
+            assert len(store) == kept == store.usage_of("m")["answers"]
             assert [store.get(f"k{number}") for number in range(kept)] == [answer(f"text {n} \ud800 \u00fc\n") for n in range(kept)]
-            store.put("next", answer("after"))
+            store.put("next", answer("after"), "m")
         with AnswerStore(path) as store:
             assert len(store) == kept + 1 and store.get("next") == answer("after")
 
@@ -47,13 +49,13 @@ def test_a_last_line_longer_than_the_search_window_is_dropped(tmp_path):
 
 def test_a_failed_write_leaves_the_log_as_it_was(tmp_path, monkeypatch):
     with AnswerStore(tmp_path / "log") as store:
-        store.put("a", answer("one"))
+        store.put("a", answer("one"), "m")
         with monkeypatch.context() as patch:
             patch.setattr(records.os, "pwrite", _writes_then_fails(os.pwrite))
             with pytest.raises(OSError, match="No space"):
-                store.put("b", answer("two"))
+                store.put("b", answer("two"), "m")
         assert "b" not in store
-        store.put("c", answer("three"))
+        store.put("c", answer("three"), "m")
     with AnswerStore(tmp_path / "log") as store:
         assert [key in store for key in "abc"] == [True, False, True]
 
@@ -83,7 +85,8 @@ def test_a_damaged_line_is_named_and_never_skipped(tmp_path):
 def test_threads_do_not_mix_their_lines(tmp_path):
     with AnswerStore(tmp_path / "log") as store:
         threads = [
-            threading.Thread(target=lambda t=t: [store.put(f"{t}-{n}", answer("x" * (100 * t + n))) for n in range(25)]) for t in range(8)
+            threading.Thread(target=lambda t=t: [store.put(f"{t}-{n}", answer("x" * (100 * t + n)), "m") for n in range(25)])
+            for t in range(8)
         ]
         for thread in threads:
             thread.start()
@@ -91,7 +94,7 @@ def test_threads_do_not_mix_their_lines(tmp_path):
             thread.join()
     with AnswerStore(tmp_path / "log") as store:
         assert len(store) == 200 and all(store.get(f"{t}-{n}") == answer("x" * (100 * t + n)) for t in range(8) for n in range(25))
-        assert store.usage == {"answers": 200, "answers_without_usage": 0, "prompt_tokens": 600, "completion_tokens": 200}
+        assert store.usage_of("m") == {"answers": 200, "answers_without_usage": 0, "prompt_tokens": 600, "completion_tokens": 200}
 
 
 WRITER = """
@@ -101,7 +104,7 @@ from megatron_longvila.data.long_video.records import AnswerStore
 with AnswerStore(Path(sys.argv[1])) as store:
     number = len(store)
     while True:
-        store.put(f"k{number}", {"text": "x" * 5000, "finish_reason": "stop", "model": "m", "usage": None})
+        store.put(f"k{number}", {"text": "x" * 5000, "finish_reason": "stop", "model": "m", "usage": None}, "m")
         print(number, flush=True)
         number += 1
 """
@@ -121,7 +124,7 @@ def test_what_was_acknowledged_before_kill_9_is_there(tmp_path):
         with AnswerStore(path) as store:
             assert all(f"k{number}" in store for number in range(acknowledged + 1))
             assert len(store) <= acknowledged + 3  # what was stored between the last line read and the kill
-            assert store.usage["answers_without_usage"] == len(store)
+            assert store.usage_of("m")["answers_without_usage"] == len(store)
 
 
 def test_a_key_depends_on_everything_and_on_nothing_else():
@@ -145,11 +148,50 @@ def test_stage_files_are_refused_when_they_or_their_sources_change(tmp_path):
             list(read_stage(tmp_path, stage))
     write("b", 2, "a")
     assert list(read_stage(tmp_path, "c")) == [{"v": 3}]  # b says the same as before, so c still holds
+    (tmp_path / "a.report.json").unlink()  # as a kill leaves it
+    for stage in "bc":
+        with pytest.raises(WorkError, match="`a` has not finished"):
+            list(read_stage(tmp_path, stage))
+    write("a", 5)
     (tmp_path / "c.jsonl").write_text("{}\n")
     with pytest.raises(WorkError, match="is not what `c` wrote"):
         list(read_stage(tmp_path, "c"))
     with pytest.raises(WorkError, match="`d` has not finished"):
         list(read_stage(tmp_path, "d"))
+
+
+def test_a_stage_that_fails_among_its_records_leaves_the_earlier_one(tmp_path):
+    write_stage(tmp_path, "a", [{"v": 1}], [], {}, sources=[])
+
+    def records():
+        yield {"v": 2}
+        raise WorkError("the endpoint is gone")
+
+    with pytest.raises(WorkError, match="gone"):
+        write_stage(tmp_path, "a", records(), [], {}, sources=[])
+    assert list(read_stage(tmp_path, "a")) == [{"v": 1}] and not list(tmp_path.glob("*.tmp"))
+
+
+def test_records_are_written_one_by_one(tmp_path):
+    tracemalloc.start()
+    try:
+        report = write_stage(tmp_path, "a", ({"v": f"{number:01000}"} for number in range(5000)), [], {}, sources=[])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "a.jsonl").stat().st_size == 5000 * 1009 and peak < 1 << 20
+    assert report["hash"] == hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
+
+
+def test_usage_is_of_the_model_that_was_asked(tmp_path):
+    with AnswerStore(tmp_path / "log") as store:
+        store.put("a", answer("one", 5), "cheap")
+        store.put("b", answer("two", 7), "dear")
+    with open(tmp_path / "log", "a") as file:
+        file.write(json.dumps({"key": "c", "answer": answer("three", 11)}) + "\n")  # of before the store knew who was asked
+    with AnswerStore(tmp_path / "log") as store:
+        assert store.usage_of("dear")["prompt_tokens"] == 7 and store.usage_of("nobody")["answers"] == 0
+        assert {name: usage["prompt_tokens"] for name, usage in store.usage_without("dear").items()} == {"cheap": 5, "m": 11}
 
 
 def test_one_run_at_a_time_and_only_in_its_own_folder(tmp_path):
