@@ -9,17 +9,25 @@ from megatron_longvila.data.long_video.asking import AnswerError
 from megatron_longvila.data.long_video.prompts import DOMAINS, QUESTION_TYPES
 
 _FENCE = re.compile(r"\A```[a-zA-Z]*\s*\n(.*)\n\s*```\s*\Z", re.DOTALL)
-_REFUSAL = re.compile(
-    r"\b(as an ai\b|as a (large )?language model|i('m| am) (sorry|unable|not able)\b|i (cannot|can't|can not|won't)\b"
-    r"|(cannot|can't|can not|could not) be (determined|answered|inferred)|unable to (determine|answer|provide|assist|see)"
+# A model that declines says so of itself, and first; people in a film and writing on a wall may say the same later.
+_DECLINES = re.compile(
+    r"\W*((i('m| am) )?(very |so )?(sorry|afraid)\b[\w\s]{0,20}?\W+|(my )?apologies\W+|i apologi[sz]e\b|unfortunately\W+){0,2}"
+    r"(but )?(as an ai\b|as a (large )?language model|i('m| am) (sorry|unable|not able)\b|i apologi[sz]e\b|i (cannot|can't|can not|won't)\b"
+    r"|unable to (determine|answer|provide|assist|see))",
+    re.IGNORECASE,
+)
+_UNKNOWN = re.compile(
+    r"\b((cannot|can't|can not|could not) be (determined|answered|inferred)"
     r"|(is|are) not (mentioned|specified|stated|provided) in|no information (is|about|on)|not enough information)",
     re.IGNORECASE,
 )
+_QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d|(?<!\w)'.*?'(?!\w)", re.DOTALL)
 
 
 def is_refusal(text: str) -> bool:
     """Whether a text declines instead of answering."""
-    return _REFUSAL.search(text.replace("\u2019", "'")) is not None
+    own_words = _QUOTED.sub('""', text.replace("\u2018", "'").replace("\u2019", "'"))
+    return _DECLINES.match(own_words) is not None or _UNKNOWN.search(own_words) is not None
 
 
 def parse_caption(text: str) -> str:

@@ -1,6 +1,7 @@
 """One request to an OpenAI-compatible endpoint, tried until there is an answer: faults are classified, counted and waited out.
 
-The key goes into one header and nowhere else: it is never part of an exception, and whatever a server echoes of it is blotted out.
+The key goes into one header and nowhere else: it is never part of an exception, and what a server echoes of it is blotted out. Of answers
+that holds for keys too long to be words; a local server's `EMPTY` is no secret, and a caption may say it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 MAX_REPLY_BYTES = 16 << 20
+_SECRET_LENGTH = 16  # characters of a key that no answer holds by chance
 _MAX_HEADER_WAIT_S = 600.0
 _TRY_AGAIN = {408: "timeout", 409: "server_error", 425: "server_error", 429: "rate_limited"}
 _SETTINGS_WRONG = (301, 302, 303, 307, 308, 401, 402, 403, 404, 405)
@@ -93,19 +95,23 @@ class Gate:
 
     def __init__(self, requests_per_minute: float | None, stop: threading.Event):
         self._spacing_s = 60.0 / requests_per_minute if requests_per_minute else 0.0
-        self._next = time.monotonic()
+        self._next = self._paused_until = time.monotonic()
         self._lock, self._stop = threading.Lock(), stop
 
     def wait(self) -> None:
         """Returns when this thread may send; Unanswered once the run is stopping."""
-        with self._lock:
-            slot = max(self._next, time.monotonic())
-            self._next = slot + self._spacing_s
-        self.sleep(slot - time.monotonic())
+        while True:
+            with self._lock:
+                slot = max(self._next, self._paused_until, time.monotonic())
+                self._next = slot + self._spacing_s
+            self.sleep(slot - time.monotonic())
+            with self._lock:
+                if slot >= self._paused_until:  # else the server asked for a pause while this thread slept: its turn is void
+                    return
 
     def pause(self, wait_s: float) -> None:
         with self._lock:
-            self._next = max(self._next, time.monotonic() + wait_s)
+            self._paused_until = max(self._paused_until, time.monotonic() + wait_s)
 
     def sleep(self, wait_s: float) -> None:
         if self._stop.wait(max(0.0, wait_s)):
@@ -135,15 +141,15 @@ class Client:
             except Refused as refusal:
                 self._on_fault("refused", str(refusal))
                 raise
+            if last.wait_s is not None:  # also after the last try: it holds for the others
+                self._gate.pause(last.wait_s)
             if attempt + 1 < self.endpoint.max_tries:
                 backoff_s = min(self.endpoint.max_backoff_s, self.endpoint.backoff_s * 2**attempt)
-                if last.wait_s is not None:
-                    self._gate.pause(last.wait_s)
                 self._gate.sleep(backoff_s * random.uniform(0.5, 1.5))
         raise Unanswered(self.redact(f"no answer in {self.endpoint.max_tries} tries, the last one: {last}"))
 
     def redact(self, text: str) -> str:
-        """The text without the key, however much of what a server says repeats it."""
+        """The text of an error without the key, however often it repeats it."""
         if self.endpoint.key:
             for spelling in (self.endpoint.key, self.endpoint.key.replace("/", "\\/")):  # some servers escape slashes in JSON
                 text = text.replace(spelling, "[key]")
@@ -198,7 +204,8 @@ class Client:
             raise _Fault("not_a_completion", f"the answer is no chat completion: {excerpt}") from None
         if not isinstance(text, str):
             raise _Fault("not_a_completion", f"the answer holds no text: {excerpt}")
-        return Reply(self.redact(text), self.redact(str(finish_reason)), self.redact(str(model)), _usage(answer.get("usage")))
+        blot = self.redact if self.endpoint.key and len(self.endpoint.key) >= _SECRET_LENGTH else str
+        return Reply(blot(text), blot(str(finish_reason)), blot(str(model)), _usage(answer.get("usage")))
 
 
 class _Watchdog:

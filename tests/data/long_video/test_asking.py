@@ -23,7 +23,7 @@ from megatron_longvila.data.long_video.asking import (
     Useless,
     ask_all,
 )
-from megatron_longvila.data.long_video.endpoint import Client, Endpoint, EndpointUnusable, Refused, Unanswered, _retry_after
+from megatron_longvila.data.long_video.endpoint import Client, Endpoint, EndpointUnusable, Gate, Refused, Unanswered, _retry_after
 from megatron_longvila.data.long_video.prompts import Prompt
 from megatron_longvila.data.long_video.records import AnswerStore, Log
 
@@ -95,6 +95,15 @@ def test_a_server_that_echoes_the_key_into_an_answer(tmp_path):
         outcomes, _, _ = run(tmp_path, server, questions(["a"]))
     assert outcomes[0][1].value == "The key [key] is nice"
     assert KEY.encode() not in (tmp_path / "answers").read_bytes()
+
+
+def test_a_key_that_is_a_word_leaves_answers_as_they_are(tmp_path):
+    with ScriptedServer(lambda *_: "The word EMPTY stands on the wall.") as server:
+        outcomes, _, _ = run(tmp_path, server, questions(["a"]), key="EMPTY")
+    assert outcomes[0][1].value == "The word EMPTY stands on the wall."
+    with ScriptedServer(echo, lambda digest, seen: "500") as server:
+        outcomes, _, _ = run(tmp_path, server, questions(["b"]), key="EMPTY", max_tries=1)
+    assert "EMPTY" not in outcomes[0][1].reason and "[key]" in outcomes[0][1].reason
 
 
 def test_useless_answers_are_kept_and_asked_anew_with_another_seed(tmp_path):
@@ -213,6 +222,25 @@ def test_the_rate_is_kept_and_a_pause_holds_for_all(tmp_path):
     for thread in threads:
         thread.join()
     assert min(pauses) >= 0.14
+
+
+def test_a_pause_holds_for_threads_that_sleep_already_and_after_the_last_try():
+    gate = Gate(600, threading.Event())  # a request each 100 ms
+    gate.wait()
+    passed = []
+    sleeper = threading.Thread(target=lambda: (gate.wait(), passed.append(time.monotonic())))
+    start = time.monotonic()
+    sleeper.start()
+    time.sleep(0.02)
+    gate.pause(0.4)
+    sleeper.join()
+    assert passed[0] - start >= 0.4
+
+    client = Client(Endpoint("http://localhost:1/v1", max_tries=1), lambda *_: None)
+    client._exchange = lambda data: (429, {"Retry-After": "30"}, b"busy")
+    with pytest.raises(Unanswered, match="HTTP 429"):
+        client.complete({"messages": []})
+    assert client._gate._paused_until > time.monotonic() + 20
 
 
 def test_retry_after():

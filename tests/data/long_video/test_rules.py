@@ -88,7 +88,32 @@ def test_captions():
     for text in ("I'm sorry, but I can't help", "As an AI, I see", "...", "Damage \ufffd", "half \ud800 pair"):
         with pytest.raises(AnswerError):
             parse_caption(text)
-    assert not is_refusal("A man says he cannot swim and is sorry.") and is_refusal("The colour cannot be determined.")
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("Sorry, I cannot see the video.", True),
+        ("Unfortunately, I am unable to see the frames.", True),
+        ("I apologize, but the frames are black.", True),
+        ("As an AI, I have no eyes.", True),
+        ("Unable to determine the colour.", True),
+        ("I\u2019m sorry.", True),
+        ("The colour cannot be determined.", True),
+        ("The name of the man is not mentioned in the video.", True),
+        ('A protester holds a sign reading "I can\'t breathe".', False),
+        ("A protester holds a sign reading 'I can't breathe'.", False),
+        ("\u201cI cannot go on,\u201d says the woman.", False),
+        ("A card reads I am sorry.", False),
+        ("A man says he cannot swim and is sorry.", False),
+        ("A driver is unable to see the road in the fog.", False),
+        ('The label says "not enough information".', False),
+        ("I", False),
+    ],
+)
+def test_refusals(text, refusal):
+    assert is_refusal(text) is refusal
 
 
 def test_summaries():
