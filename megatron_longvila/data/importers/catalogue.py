@@ -61,13 +61,23 @@ def _answered(path: Path, settings: Settings) -> Iterator[Record]:
         return
     answers = {}
     for _, value, _ in read_records(settings.answers):
-        if isinstance(value, dict) and "question_id" in value:
-            answers[value["question_id"]] = value
+        if isinstance(value, dict) and (identity := _question_id(value)) is not None:
+            answers[identity] = value
     for key, value, done in read_records(path):
         if isinstance(value, dict):
-            found = answers.get(value.get("question_id"))
-            value = Broken(f"{settings.answers.name} has no answer to it") if found is None else {**found, **value}
+            identity = _question_id(value)
+            if identity is None:
+                value = Broken("has no `question_id` that is a text or a whole number")
+            elif identity in answers:
+                value = {**answers[identity], **value}
+            else:
+                value = Broken(f"{settings.answers.name} has no answer to it")
         yield Record(key, value, done)
+
+
+def _question_id(record: dict) -> str | None:
+    value = record.get("question_id")
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
 def _documents(path: Path, settings: Settings) -> Iterator[Record]:

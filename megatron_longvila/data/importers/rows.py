@@ -82,12 +82,25 @@ class MediaFolder:
                 if real.is_file() or (endings is VIDEOS and real.is_dir() and real != self._real_root):
                     return os.path.relpath(real, self._real_root)
         if self._search:
-            found = self._index().get(Path(names[0]).stem, [])
-            if len(found) > 1:
-                raise RowError(f"{names[0]!r} may be {found[0]!r} or {found[1]!r}; name the file with its folder")
-            if found:
-                return found[0]
+            # A name with folders first means a path that ends like it. Of names without their folders only the first one is looked for:
+            # the others may be as short as "0".
+            for name, whole in [*((name, True) for name in names), (names[0], False)]:
+                found = self._matches(name, endings, whole)
+                if len(found) > 1:
+                    raise RowError(f"{name!r} may be {found[0]!r} or {found[1]!r}; name the file with its folder")
+                if found:
+                    return found[0]
         raise Missing(f"{names[0]!r} is not in the media folder")
+
+    def _matches(self, name: str, endings: Sequence[str], whole: bool) -> list[str]:
+        """Files with one of the `endings` that have this name in any folder, or with `whole` in any folder above its own. The one with
+        the ending of the name, or else all."""
+        path = Path(name)
+        bare = path.with_suffix("") if path.suffix.lower() in endings and path.suffix else path  # "W26.8" has no ending
+        found = [Path(one) for one in self._index().get(bare.name, []) if Path(one).suffix.lower() in endings]
+        if whole:
+            found = [one for one in found if one.with_suffix("").parts[-len(bare.parts) :] == bare.parts]
+        return [str(one) for one in found if one.name == path.name] or [str(one) for one in found]
 
     def _index(self) -> dict[str, list[str]]:
         """Paths by name without ending. Links are left out: what they point to is found where it is."""

@@ -43,8 +43,8 @@ def youcook2(value: object, media: MediaFolder, settings: Settings) -> list[dict
     steps = record.get("annotations")
     if not isinstance(steps, list) or not steps:
         raise RowError("has no `annotations`")
-    kind, subset = (str(record.get(field, "")) for field in ("recipe_type", "subset"))
-    folders = ("", f"{kind}/", f"{subset}/{kind}/")
+    subset, kind = (str(record.get(field) or "") for field in ("subset", "recipe_type"))
+    folders = ("", *(f"{'/'.join(filter(None, parts))}/" for parts in ((kind,), (subset, kind)) if any(parts)))
     described = [(*_span(check_object(step)), text_field(step, "sentence"), step.get("id", number)) for number, step in enumerate(steps)]
     if settings.clips:
 
@@ -93,6 +93,8 @@ def shot2story(value: object, media: MediaFolder, settings: Settings) -> list[di
 
     One row for each video: its summary. With --clips one row for each shot: its caption, and the narration where there is one, of the
     shot's own file. Speech recognition (whole_ASR, ASR) is not used.
+    Not read, and rejected record by record: the files of single shots (43k_human_shot_train.json, with `caption` and `audio_caption`; the
+    same captions stand in 43k_human_train.json) and those of questions (*_qa.json).
     """
     record = check_object(value)
     identity = name_field(record, "id", "video")

@@ -1,7 +1,10 @@
 """Each importer on small files of the schema it documents: what the rows say, and that tools/preprocess_video.py takes all of them."""
 
+import ast
 import gzip
+import inspect
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -165,19 +168,21 @@ def test_youcook2(tmp_path, media):
     ]
     known = {"subset": "training", "recipe_type": "113", "duration": 241.62, "video_url": "https://never.opened/x", "annotations": steps}
     bad = {**known, "annotations": [{"id": 0, "segment": [5, 2], "sentence": "x"}]}
-    database = {"GLd3aX16zBg": known, "gone": known, "bad": bad, "later": {**known, "subset": "validation"}}
+    plain = {"subset": "training", "annotations": steps}
+    database = {"GLd3aX16zBg": known, "gone": plain, "bad": bad, "later": {**known, "subset": "validation"}, "clip": plain}
     source = write(tmp_path / "youcookii_annotations_trainval.json", {"database": database})
     report, rows, rejected = imported(tmp_path, media, "youcook2", source)
     answer = "90 s to 102 s: spread margarine\n114 s to 127.5 s: place cheese on the bread"
     assert [(row["id"], row["video"], row["conversations"][1]["value"]) for row in rows] == [
-        ("youcook2-GLd3aX16zBg", "training/113/GLd3aX16zBg.mp4", answer)
+        ("youcook2-GLd3aX16zBg", "training/113/GLd3aX16zBg.mp4", answer),
+        ("youcook2-clip", "clip.mp4", answer),  # found without a recipe_type, and "gone" without one is just missing
     ]
     assert [one["kind"] for one in rejected] == ["missing media", "unusable"] and "from 5 s to 2 s" in rejected[1]["reason"]
     assert report.unwanted == 1
     accepted(tmp_path, media, "youcook2")
     _, rows, rejected = imported(tmp_path, media, "youcook2", source, clips=True)
     assert [(row["id"], row["video"]) for row in rows] == [("youcook2-GLd3aX16zBg-0", "113/GLd3aX16zBg_0.mp4")]
-    assert [one["kind"] for one in rejected] == ["missing media"] * 3 + ["unusable"]
+    assert [one["kind"] for one in rejected] == ["missing media"] * 3 + ["unusable"] + ["missing media"] * 2
     with pytest.raises(PreprocessError, match="--split test is none of the sets .* training, validation"):
         imported(tmp_path, media, "youcook2", source, split="test")
     assert imported(tmp_path, media, "youcook2", source, split="all")[0].unwanted == 0
@@ -229,13 +234,18 @@ def test_activitynet_qa(tmp_path, media):
     questions = [
         {"video_name": "1QIUV7WYKXg", "question": "is the athlete wearing trousers", "question_id": "1QIUV7WYKXg_1"},
         {"video_name": "1QIUV7WYKXg", "question": "who won", "question_id": "1QIUV7WYKXg_2"},
+        {"video_name": "1QIUV7WYKXg", "question": "who won", "question_id": ["1QIUV7WYKXg_2"]},
+        {"video_name": "1QIUV7WYKXg", "question": "when", "question_id": 7},
     ]
     source = write(tmp_path / "train_q.json", questions)
-    answers = write(tmp_path / "train_a.json", [{"answer": "yes", "type": 3, "question_id": "1QIUV7WYKXg_1"}])
+    given = [{"answer": "yes", "type": 3, "question_id": "1QIUV7WYKXg_1"}, {"answer": "no", "question_id": {"a": 1}}]
+    answers = write(tmp_path / "train_a.json", [*given, {"answer": "now", "question_id": "7"}])
     _, rows, rejected = imported(tmp_path, media, "activitynet_qa", source, answers=answers)
     asked = turns("<video>\nIs the athlete wearing trousers", "yes")
-    assert rows == [{"id": "1QIUV7WYKXg_1", "video": "v_1QIUV7WYKXg.mp4", "conversations": asked}]
-    assert [one["reason"] for one in rejected] == ["train_a.json has no answer to it"]
+    assert rows[0] == {"id": "1QIUV7WYKXg_1", "video": "v_1QIUV7WYKXg.mp4", "conversations": asked}
+    assert [row["id"] for row in rows[1:]] == ["7"]
+    missing = "has no `question_id` that is a text or a whole number"
+    assert [one["reason"] for one in rejected] == ["train_a.json has no answer to it", missing]
     accepted(tmp_path, media, "activitynet_qa")
     together = write(tmp_path / "all.json", [{"video_id": "v_1QIUV7WYKXg", "q": "Who?", "a": "She."}, {"video_id": "v_1QIUV7WYKXg"}])
     report, rows, rejected = imported(tmp_path, media, "activitynet_qa", together)
@@ -280,7 +290,22 @@ def test_slimpajama(tmp_path):
     assert [row["text"] for row in rows] == ["two"] and report.unwanted == 2
 
 
-def test_every_importer_is_tested_and_documents_its_schema():
+def fields_read(function) -> set[str]:
+    """Names of the record's fields in a function's source: arguments of record.get and of helpers whose first argument is the record."""
+    found = set()
+    for node in ast.walk(ast.parse(inspect.getsource(function))):
+        if isinstance(node, ast.Call):
+            owner = node.func.value if isinstance(node.func, ast.Attribute) else next(iter(node.args), None)
+            if isinstance(owner, ast.Name) and owner.id == "record":
+                literals = [one for argument in node.args for one in ast.walk(argument) if isinstance(one, ast.Constant)]
+                found |= {one.value for one in literals if isinstance(one.value, str)}
+    return found
+
+
+def test_every_importer_is_tested_and_documents_what_it_reads():
     tested = {name.removeprefix("test_") for name in globals()}
     assert set(IMPORTERS) <= tested
-    assert all("{" in importer.convert.__doc__ or "published:" in importer.convert.__doc__ for importer in IMPORTERS.values())
+    assert {"conversations", "video"} <= fields_read(IMPORTERS["llava"].convert)
+    for name, importer in IMPORTERS.items():
+        documented = set(re.findall(r"\w+", importer.convert.__doc__))
+        assert fields_read(importer.convert) - documented == set(), name

@@ -13,9 +13,10 @@ import pytest
 from megatron_longvila.data.importers import records as records_module
 from megatron_longvila.data.importers import run as run_module
 from megatron_longvila.data.importers.records import Broken, read_records
-from megatron_longvila.data.importers.rows import Settings
+from megatron_longvila.data.importers.rows import IMAGES, VIDEOS, MediaFolder, Missing, Settings
 from megatron_longvila.data.importers.run import Options, run_import
 from megatron_longvila.data.output import PreprocessError
+from megatron_longvila.data.rows import RowError
 
 ROOT = Path(__file__).parents[3]
 
@@ -79,6 +80,28 @@ def test_search_takes_one_file_or_none(tmp_path, media):
     run_import(job)
     assert [row["image"] for row in rows(job)] == ["x/one.jpg"]
     assert ["may be" in one["reason"] or "leads out" in one["reason"] for one in rejected(job)] == [True, True]
+
+
+def test_search_takes_no_other_file_of_a_like_name(tmp_path):
+    for name in ("sub/W26.mp4", "sub/pic.mp4", "a/x.jpg", "b/x.mp4", "c/y.mkv", "d/y.mp4", "e/v_z.webm", "f/3/0.mp4", "g/W1.2.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    folder = MediaFolder(tmp_path, search=True)
+    for names, endings in (
+        (["W26.8"], VIDEOS),
+        (["pic.jpg"], IMAGES),
+        (["pic.jpg"], VIDEOS),
+        (["W1.mp4"], VIDEOS),
+        (["4_0", "4/0"], VIDEOS),
+    ):
+        with pytest.raises(Missing):
+            folder.find(names, endings)
+    assert folder.find(["x.jpg"], IMAGES) == folder.find(["x"], IMAGES) == "a/x.jpg"
+    assert folder.find(["x"], VIDEOS) == "b/x.mp4" and folder.find(["W1.2"], VIDEOS) == "g/W1.2.mp4"
+    assert folder.find(["y.mp4"], VIDEOS) == "d/y.mp4" and folder.find(["W26.avi"], VIDEOS) == "sub/W26.mp4"
+    assert folder.find(["z", "v_z"], VIDEOS) == "e/v_z.webm" and folder.find(["3_0", "3/0"], VIDEOS[1:]) == "f/3/0.mp4"
+    with pytest.raises(RowError, match="may be"):
+        folder.find(["y"], VIDEOS)
 
 
 def test_duplicate_ids(tmp_path, media):
