@@ -21,7 +21,7 @@ _UNKNOWN = re.compile(
     r"|(is|are) not (mentioned|specified|stated|provided) in|no information (is|about|on)|not enough information)",
     re.IGNORECASE,
 )
-_QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d|(?<!\w)'.*?'(?!\w)", re.DOTALL)
+_QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d|(?<!\w)'.{0,500}?'(?!\w)", re.DOTALL)
 
 
 def is_refusal(text: str) -> bool:

@@ -215,6 +215,12 @@ def write_stage(work: Path, stage: str, records: Iterable[dict], rejects: Iterab
     return report
 
 
+def fail_stage(work: Path, stage: str, rejects: Iterable[dict]) -> None:
+    """Leave a stage unfinished, with what it refused to read."""
+    (work / f"{stage}.report.json").unlink(missing_ok=True)
+    write_lines(work / f"{stage}.rejects.jsonl", rejects)
+
+
 def write_lines(path: Path, records: Iterable[dict], *, before: Callable[[], None] = lambda: None) -> str:
     """Replace a file as a whole by a line per record, without keeping them; `before` runs once all are written. Returns their sha256."""
     temporary, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_longvila.data.long_video.records import WorkError, write_stage
+from megatron_longvila.data.long_video.records import WorkError, fail_stage, write_stage
 from megatron_longvila.data.media import (
     DEFAULT_LIMITS,
     Deadline,
@@ -97,13 +97,12 @@ def cut_clips(times_s_F: np.ndarray, ends_s: list[float]) -> list[dict]:
 def find_videos(root: Path, listing: Path | None) -> Iterator[tuple[str, Path | str]]:
     """(name below `root`, its real file or why it is refused), in natural order of the names, or in the order of a list of names.
 
-    Links are followed as long as they stay below the root. Hidden files are left out.
+    Links to files are followed as long as they stay below the root, links to folders are refused. Hidden files are left out.
     """
     if not root.is_dir():
         raise WorkError(f"--videos {root} is not a folder")
     if listing is None:
-        names = [os.path.relpath(os.path.join(folder, file), root) for folder, file in _walk(root)]
-        names.sort(key=natural_key)
+        names = sorted(_walk(root), key=natural_key)
     else:
         try:
             lines = listing.read_bytes().split(b"\n")
@@ -121,13 +120,16 @@ def find_videos(root: Path, listing: Path | None) -> Iterator[tuple[str, Path | 
         except MediaError as error:
             yield name, str(error)
             continue
-        yield name, real if real.is_file() else "is not a plain file"
+        linked = real.is_dir() and os.path.islink(root / name)
+        yield name, real if real.is_file() else LINKED_FOLDER if linked else "is not a plain file"
 
 
-def _walk(root: Path) -> Iterator[tuple[str, str]]:
+def _walk(root: Path) -> Iterator[str]:
+    """Names below `root` of all files, and of the links to folders, which are not entered."""
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from ((folder, file) for file in files if not file.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in files + linked if not name.startswith("."))
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ def look(task: _Task) -> dict:
     except Exception as error:  # one strange file must not end a run of days; the rejects show it with the exception's name
         return {"error": f"cannot be read ({type(error).__name__}: {error})", "final": False}
     facts = {"duration_s": round(duration_s, 3), "num_frames": len(times_s_F), "width": width, "height": height, "codec": codec}
-    return {"sha256": digest, "size": os.path.getsize(task.path), **facts, "num_shots": len(cuts_s) + 1, "clips": clips}
+    if options.boundaries == "shots":
+        facts["num_shots"] = len(cuts_s) + 1
+    return {"sha256": digest, "size": os.path.getsize(task.path), **facts, "clips": clips}
 
 
 def _find_shots(stream: VideoStream, times_s_F: np.ndarray, duration_s: float, options: SegmentOptions) -> list[float]:
@@ -188,7 +192,7 @@ def segment(options: SegmentOptions, work: Path, progress: Progress) -> dict:
     """Run the stage: WORK/segment.jsonl holds one line per video. Returns its report.
 
     Raises:
-        WorkError: the folder or list cannot be read, or a library is missing.
+        WorkError: the folder or list cannot be read, a library is missing, or no video can be used.
     """
     if options.boundaries == "shots":
         try:
@@ -210,6 +214,10 @@ def segment(options: SegmentOptions, work: Path, progress: Progress) -> dict:
             if answer.get("final", True):
                 journal.append(task.key, answer)
     records, rejects = _sort_out(found, keys, answers)
+    if not records:
+        fail_stage(work, "segment", rejects)
+        first = f"; of the first one: {rejects[0]['video']!r} {rejects[0]['reason']} (segment.rejects.jsonl has all)" if rejects else ""
+        raise WorkError(f"none of {len(found)} files below {options.videos} is a video that can be used{first}")
     report = {
         "settings": settings,
         "videos": len(records),

@@ -52,6 +52,7 @@ def films(tmp_path_factory) -> tuple[Path, dict[str, list[Scene]]]:
     (root / "link_in.mp4").symlink_to(root / "-rf.mp4")
     (root / "loop.mp4").symlink_to(root / "loop.mp4")
     os.mkfifo(root / "pipe.mp4")
+    (root / "linked").symlink_to(root / "a b")
     return root, scripts
 
 
@@ -91,7 +92,8 @@ def test_videos_and_rejects(films, built):
     videos = read_lines(built[0] / "segment.jsonl")
     rejects = {row["video"]: row["reason"] for row in read_lines(built[0] / "segment.rejects.jsonl")}
     assert {video["video"] for video in videos} == set(scripts)
-    assert set(rejects) == {"copy.mp4", "notes.txt", "cut.mp4", "link_out.mp4", "link_in.mp4", "loop.mp4", "pipe.mp4"}
+    assert set(rejects) == {"copy.mp4", "notes.txt", "cut.mp4", "link_out.mp4", "link_in.mp4", "loop.mp4", "pipe.mp4", "linked"}
+    assert rejects["linked"] == "is a link to a folder; give that folder itself, or copy it"
     assert "leads out" in rejects["link_out.mp4"] and "the same bytes as" in rejects["copy.mp4"] and "plain file" in rejects["pipe.mp4"]
     for video in videos:
         scenes = scripts[video["video"]]
@@ -448,6 +450,22 @@ def test_a_list_of_names(films, tmp_path, capsys):
         assert all(words in row["reason"] for words, row in zip(expected, rejects, strict=True)), rejects
     (tmp_path / "list").unlink()
     assert TOOL.main(segment) == 1 and "cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_video_ends_the_chain(tmp_path, capsys, monkeypatch):
+    root, work = tmp_path / "videos", tmp_path / "work"
+    root.mkdir()
+    segment = ["segment", "--work", str(work), "--videos", str(root), "--num_workers", "1"]
+    assert TOOL.main(segment) == 1 and "none of 0 files" in capsys.readouterr().err
+    make_film(root / "a.mp4", [Scene("red", 10)])
+    assert TOOL.main(segment) == 0
+    assert "num_shots" not in read_lines(work / "segment.jsonl")[0]  # nobody looked for shots
+    (root / "a.mp4").write_text("no film")
+    assert TOOL.main(segment) == 1
+    assert "none of 1 files" in (error := capsys.readouterr().err) and "'a.mp4' is not a known video" in error
+    assert [row["video"] for row in read_lines(work / "segment.rejects.jsonl")] == ["a.mp4"]
+    with ScriptedServer() as server:
+        assert TOOL.main(words("caption", work, root, server.url)) == 1 and "`segment` has not finished" in capsys.readouterr().err
 
 
 def test_wrong_usage(tmp_path, capsys):
