@@ -93,8 +93,8 @@ def shot2story(value: object, media: MediaFolder, settings: Settings) -> list[di
 
     One row for each video: its summary. With --clips one row for each shot: its caption, and the narration where there is one, of the
     shot's own file. Speech recognition (whole_ASR, ASR) is not used.
-    Not read, and rejected record by record: the files of single shots (43k_human_shot_train.json, with `caption` and `audio_caption`; the
-    same captions stand in 43k_human_train.json) and those of questions (*_qa.json).
+    Not read, and rejected record by record: the files of single shots (43k_human_shot_train.json, with `caption` and `audio_caption`)
+    and those of questions (*_qa.json).
     """
     record = check_object(value)
     identity = name_field(record, "id", "video")
@@ -120,7 +120,7 @@ def activitynet_qa(value: object, media: MediaFolder, settings: Settings) -> lis
 
     train_q.json: [{"video_name": "1QIUV7WYKXg", "question": "is the athlete wearing trousers", "question_id": "1QIUV7WYKXg_1"}]
     train_a.json: [{"answer": "yes", "type": 3, "question_id": "1QIUV7WYKXg_1"}], given with --answers
-    one file:     [{"video_id": "v_k_ZXmr8pmrs", "q": "...", "a": "..."}] (Video-ChatGPT), or video_name, question and answer together
+    one file:     [{"video_id": "v_k_ZXmr8pmrs", "q": "...", "a": "..."}] (Video-ChatGPT), or video_name (video), question, answer together
 
     Files: v_NAME.mp4 or NAME.mp4 (.mkv, .webm, ...).
     """
