@@ -91,7 +91,7 @@ def _segment(arguments: argparse.Namespace, work: Path) -> dict:
 
 
 def _caption(arguments: argparse.Namespace, work: Path) -> dict:
-    pictures = PictureOptions(arguments.num_frames, arguments.image_size, arguments.jpeg_quality)
+    pictures = PictureOptions(arguments.num_frames, arguments.image_size, arguments.jpeg_quality, arguments.decode_timeout_s)
     if arguments.images is None:
         return caption(_service(arguments, "caption"), pictures, arguments.videos, work)
     return caption_images(_service(arguments, "image"), pictures, arguments.images, arguments.media_root, work)
@@ -122,7 +122,7 @@ def _stats(arguments: argparse.Namespace, work: Path) -> dict:
 def _service(arguments: argparse.Namespace, stage: str) -> Service:
     endpoint = Endpoint(
         url=arguments.endpoint,
-        key=os.environ.get(arguments.key_env) or None,
+        key=_key(arguments.key_env),
         timeout_s=arguments.timeout_s,
         max_tries=arguments.max_tries,
         backoff_s=arguments.backoff_s,
@@ -130,8 +130,16 @@ def _service(arguments: argparse.Namespace, stage: str) -> Service:
     )
     prompt = load_prompt(arguments.prompt or PROMPTS / f"{stage}_v1.md", stage)
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.max_tokens, arguments.seed)
-    asker = Asker(arguments.model, prompt, sampling, arguments.max_answers, arguments.concurrency)
+    asker = Asker(arguments.model, prompt, sampling, arguments.max_answers, arguments.concurrency, arguments.limit_field)
     return Service(endpoint, asker, Prices(arguments.price_prompt, arguments.price_completion), _bar)
+
+
+def _key(variable: str | None) -> str | None:
+    """The key in the variable that was named, which must hold one, or in OPENAI_API_KEY, which may not."""
+    key = os.environ.get(variable or "OPENAI_API_KEY") or None
+    if variable and key is None:
+        raise ValueError(f"--key_env {variable}: that environment variable is not set or empty; export it, or leave the flag out")
+    return key
 
 
 def _bar(iterable: Iterable, total: int, name: str) -> Iterable:
@@ -187,6 +195,8 @@ def _add_asking(stages) -> None:
     add("num_frames", type=_positive, default=pictures.num_frames, metavar="N", help="frames shown of each clip [%(default)s]")
     add("image_size", type=_positive, default=pictures.image_size, metavar="PX", help="longer side of a picture that is sent [%(default)s]")
     add("jpeg_quality", type=int, choices=range(1, 101), default=pictures.jpeg_quality, metavar="1..100", help="[%(default)s]")
+    text = "for a clip's frames; a clip that takes longer is refused [%(default)s]"
+    add("decode_timeout_s", type=_above_zero, default=pictures.timeout_s, metavar="S", help=text)
     add("videos", type=Path, metavar="DIR", help="where the videos are, if they have moved since `segment`")
     add("images", type=Path, metavar="SOURCE", help="caption these instead: a folder, or a file of rows with `id` and `image`")
     add("media_root", type=Path, metavar="DIR", help="where the paths in the rows of --images start")
@@ -202,14 +212,14 @@ def _add_endpoint(add, max_tokens: int = Sampling().max_tokens) -> None:
     add("model", required=True, metavar="NAME", help="as the endpoint names it; stands in every record")
     add(
         "key_env",
-        default="OPENAI_API_KEY",
         metavar="NAME",
-        help="environment variable that holds the key; unset: no key is sent [%(default)s]",
+        help="environment variable that holds the key [OPENAI_API_KEY, or no key where that is not set]",
     )
     add("prompt", type=Path, metavar="FILE", help="another prompt than that of tools/prompts; its hash stands in every record")
     add("temperature", type=float, default=Sampling().temperature, metavar="X", help="[%(default)s]")
     add("top_p", type=float, default=Sampling().top_p, metavar="X", help="[%(default)s]")
     add("max_tokens", type=_positive, default=max_tokens, metavar="N", help="longest answer; one that is cut is asked anew [%(default)s]")
+    add("limit_field", choices=("max_tokens", "max_completion_tokens"), default="max_tokens", help="its name there [%(default)s]")
     add("seed", type=int, default=0, metavar="N", help="of the first try; later ones add to it [%(default)s]")
     add("max_answers", type=_positive, default=3, metavar="N", help="useless answers to a question before it is given up [%(default)s]")
     add("concurrency", type=_positive, default=8, metavar="N", help="requests on the way at once [%(default)s]")
@@ -235,7 +245,9 @@ def _add_finishing(stages) -> None:
         default="one",
         help="per video: one of the rarest type, a row each, or one row of all [%(default)s]",
     )
-    add("max_per_type", type=int, default=0, metavar="N", help="questions of one type in the whole set, 0: no limit [%(default)s]")
+    add(
+        "max_per_type", type=_not_negative, default=0, metavar="N", help="questions of one type in the whole set, 0: no limit [%(default)s]"
+    )
     add("no_summaries", action="store_true", help="questions alone")
     add = _stage(stages, "stats", _stats, "Count domains, question types, durations, lengths and costs; draw them.")
     add("tokenizer", type=Path, metavar="PATH", help="count tokens instead of words: SentencePiece model or tokenizer folder")
@@ -245,6 +257,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
     return value
 
 

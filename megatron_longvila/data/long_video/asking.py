@@ -44,13 +44,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Asker:
-    """Who is asked and how: `model` as the endpoint names it, `max_answers` useless answers end a question."""
+    """Who is asked and how: `model` as the endpoint names it, `max_answers` useless answers end a question.
+
+    `limit_field` is what the endpoint calls the limit of an answer's tokens; it does not shape the answer and is in no key.
+    """
 
     model: str
     prompt: Prompt
     sampling: Sampling
     max_answers: int = 3
     concurrency: int = 8
+    limit_field: str = "max_tokens"
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,7 @@ class _OneQuestion:
     def _send(self, question: Question, content: str | list[dict], number: int) -> dict:
         sampling = asdict(self._asker.sampling)
         sampling["seed"] += number
+        sampling[self._asker.limit_field] = sampling.pop("max_tokens")
         messages = [{"role": "system", "content": question.system}] if question.system else []
         messages.append({"role": "user", "content": content})
         reply = self._client.complete({"model": self._asker.model, "messages": messages, **sampling, "stream": False})

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_longvila.data.images import open_image
-from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline, MediaError, MediaUnreadable
+from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline, DecodeTimeout, MediaError, MediaUnreadable
 from megatron_longvila.data.stream import VideoStream
 
 _OPEN_VIDEOS = 4  # clips come video by video, so the threads work on one or two at a time
@@ -22,11 +22,15 @@ _OPEN_VIDEOS = 4  # clips come video by video, so the threads work on one or two
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """`num_frames` of a clip, evenly spaced; the longer side scaled down to `image_size` pixels; JPEG quality. In every request's key."""
+    """`num_frames` of a clip, evenly spaced; the longer side scaled down to `image_size` pixels; JPEG quality. In every request's key.
+
+    `timeout_s`, for opening a video and reading the frames of a clip, is in none. It is looked at between packets and frames.
+    """
 
     num_frames: int = 8
     image_size: int = 448
     jpeg_quality: int = 90
+    timeout_s: float = 300.0
 
 
 def clip_frames(first_frame: int, last_frame: int, num_frames: int) -> list[int]:
@@ -65,7 +69,7 @@ class ClipReader:
         self._streams.clear()
 
     def read(self, path: Path, size: int, num_frames: int, indices: list[int]) -> list[bytes]:
-        """JPEGs of the frames that decode, in order. Raises MediaError when none does, or the file is not the one that was segmented."""
+        """JPEGs of the frames in order. Raises MediaError when one does not decode, or the file is not the one that was segmented."""
         try:
             now = os.stat(path).st_size
         except OSError as error:
@@ -75,20 +79,17 @@ class ClipReader:
         while True:
             shared = self._share(str(path))
             with shared.lock:
-                if shared.closed:  # pushed out while this thread waited for its turn
-                    continue
-                stream = shared.open()
-                if stream.timeline.num_frames != num_frames:
-                    raise MediaError(f"has {stream.timeline.num_frames} frames, but had {num_frames}; run `segment` again")
-                found = stream.read(indices, stream.to_rgb)
-                break
-        if not found:
-            raise MediaError(f"none of its frames {indices[0]} to {indices[-1]} decodes")
-        return [_jpeg(Image.fromarray(np.ascontiguousarray(found[index])), self._options) for index in indices if index in found]
+                if not shared.closed:  # else pushed out while this thread waited for its turn
+                    found = shared.read(num_frames, indices)
+                    break
+        missing = [index for index in indices if index not in found]
+        if missing:  # the prompt says how many pictures there are, and the record which
+            raise MediaError(f"{len(missing)} of the {len(indices)} frames to show do not decode, the first of them frame {missing[0]}")
+        return [_jpeg(Image.fromarray(np.ascontiguousarray(found[index])), self._options) for index in indices]
 
     def _share(self, path: str) -> _Shared:
         with self._lock:
-            shared = self._streams.setdefault(path, _Shared(path))
+            shared = self._streams.setdefault(path, _Shared(path, self._options.timeout_s))
             self._streams.move_to_end(path)
             old = self._streams.popitem(last=False)[1] if len(self._streams) > _OPEN_VIDEOS else None
         if old is not None:
@@ -96,25 +97,50 @@ class ClipReader:
         return shared
 
 
+class _Turn(Deadline):
+    """A deadline that starts again with every turn at a video."""
+
+    def restart(self) -> None:
+        super().__init__(self.timeout_s)
+
+
 class _Shared:
     """A video that threads take turns with; opened by the first one."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, timeout_s: float):
         self.lock = threading.Lock()
         self.closed = False
-        self._path, self._stream = path, None
+        self._path, self._stream, self._failure = path, None, None
+        self._turn = _Turn(timeout_s)
 
-    def open(self) -> VideoStream:
-        if self._stream is None:
-            self._stream = VideoStream(self._path, Deadline(None), DEFAULT_LIMITS)
-        return self._stream
+    def read(self, num_frames: int, indices: list[int]) -> dict[int, np.ndarray]:
+        """uint8 [H, W, 3] of the frames that decode. Raises MediaError; a video that is too slow to open is not opened again."""
+        if self._failure:
+            raise MediaError(self._failure)
+        self._turn.restart()
+        found_length = False
+        try:
+            if self._stream is None:
+                self._stream = VideoStream(self._path, self._turn, DEFAULT_LIMITS)
+            length = self._stream.timeline.num_frames
+            found_length = True
+            if length != num_frames:
+                raise MediaError(f"has {length} frames, but had {num_frames}; run `segment` again")
+            return self._stream.read(indices, self._stream.to_rgb)
+        except DecodeTimeout as error:
+            self._drop()  # it stands anywhere
+            self._failure = None if found_length else str(error)
+            raise
 
     def close(self) -> None:
         with self.lock:
             self.closed = True
-            if self._stream is not None:
-                self._stream.close()
-                self._stream = None
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
 def _jpeg(picture: Image.Image, options: PictureOptions) -> bytes:

@@ -143,6 +143,14 @@ def test_what_changes_the_question_asks_again_and_coming_back_does_not(tmp_path)
         assert len(server.requests) == 3
 
 
+def test_the_limit_of_an_answer_goes_by_the_name_that_the_endpoint_wants(tmp_path):
+    with ScriptedServer(echo) as server:
+        run(tmp_path, server, questions(["a"]), who=asker(limit_field="max_completion_tokens"))
+        assert server.bodies[0]["max_completion_tokens"] == 1024 and "max_tokens" not in server.bodies[0]
+        run(tmp_path, server, questions(["a", "b"]))
+        assert len(server.requests) == 2 and server.bodies[1]["max_tokens"] == 1024 and "max_completion_tokens" not in server.bodies[1]
+
+
 def test_the_same_question_at_the_same_time_is_asked_once(tmp_path):
     with ScriptedServer(echo, delay_s=0.05) as server:
         outcomes, _, _ = run(tmp_path, server, questions(["a"] * 40))

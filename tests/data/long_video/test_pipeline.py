@@ -1,6 +1,7 @@
 """The whole chain against the scripted server: every accepted record is true, and killing any stage at any point changes nothing."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -12,17 +13,21 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import av
 import pytest
 from film_truth import check_caption, check_question, check_summary
 from films import Scene, make_film, make_picture, plan_scenes, shown_between
-from media import image_bytes
+from media import image_bytes, video_bytes
 from PIL import Image
 from programs import ROOT, environment, load_script, preprocess, read_lines
 from scripted_server import ScriptedServer
 
 from megatron_longvila.data.long_video.filters import RULES
+from megatron_longvila.data.long_video.pictures import ClipReader, PictureOptions
 from megatron_longvila.data.long_video.prompts import QUESTION_TYPES
+from megatron_longvila.data.media import DecodeTimeout, MediaError
 from megatron_longvila.data.rows import parse_row
+from megatron_longvila.data.stream import VideoStream
 
 TOOL = load_script(ROOT / "tools" / "build_long_video_sft.py")
 KEY = "sk-0123456789abcdef"
@@ -468,6 +473,41 @@ def test_a_folder_without_a_video_ends_the_chain(tmp_path, capsys, monkeypatch):
         assert TOOL.main(words("caption", work, root, server.url)) == 1 and "`segment` has not finished" in capsys.readouterr().err
 
 
+def test_a_clip_of_which_a_frame_does_not_decode_is_refused(tmp_path):
+    """The prompt says how many pictures there are, and the record which: none may be left out in silence."""
+    root, work = tmp_path / "videos", tmp_path / "work"
+    root.mkdir()
+    data = bytearray(video_bytes(range(40), options={"x264-params": "keyint=1:threads=1"}))  # keyframes alone
+    with av.open(io.BytesIO(bytes(data))) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][20]
+    data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    (root / "a.mp4").write_bytes(data)
+    with ScriptedServer(lambda *_: "A grid.") as server:
+        assert TOOL.main(["segment", "--work", str(work), "--videos", str(root), "--clip_s", "1", "--num_workers", "1"]) == 0
+        clips = read_lines(work / "segment.jsonl")[0]["clips"]
+        broken = [clip["first_frame"] <= 20 <= clip["last_frame"] for clip in clips].index(True)
+        caption = words("caption", work, root, server.url)
+        assert TOOL.main([*caption, "--num_frames", "100"]) == 0
+    rejects = read_lines(work / "caption.rejects.jsonl")
+    assert [row["item"] for row in rejects] == [
+        f"a.mp4#{broken}"
+    ] and "frames to show do not decode, the first of them frame 20" in rejects[0]["reason"]
+    captions = read_lines(work / "caption.jsonl")
+    shown = [[part["type"] for part in body["messages"][-1]["content"]].count("image_url") for body in server.bodies]
+    assert len(captions) == len(clips) - 1 and sorted(shown) == sorted(len(record["frames"]) for record in captions)
+
+
+def test_a_video_that_is_slow_to_read_is_refused_and_not_opened_again(tmp_path, monkeypatch):
+    path = make_film(tmp_path / "a.mp4", [Scene("red", 10)])
+    size = path.stat().st_size
+    with ClipReader(PictureOptions(timeout_s=1e-9)) as reader:
+        with pytest.raises(DecodeTimeout, match="took longer"):
+            reader.read(path, size, 50, [10])
+        monkeypatch.setattr(VideoStream, "__init__", lambda *_: pytest.fail("opened again"))
+        with pytest.raises(MediaError, match="took longer"):
+            reader.read(path, size, 50, [20])
+
+
 def test_wrong_usage(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         TOOL.main(["caption", "--work", str(tmp_path)])
@@ -478,3 +518,8 @@ def test_wrong_usage(tmp_path, capsys):
     prompt.write_text("## system\n## user\n{{secret}}")
     words = ["caption", "--work", str(tmp_path / "w"), "--endpoint", "http://h/v1", "--model", "m", "--prompt", str(prompt)]
     assert TOOL.main(words) == 1 and "asks for ['secret']" in capsys.readouterr().err
+    assert TOOL.main([*words[:-2], "--key_env", "NO_SUCH_KEY"]) == 1
+    assert "--key_env NO_SUCH_KEY: that environment variable is not set" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        TOOL.main(["export", "--work", str(tmp_path), "--max_per_type", "-1"])
+    assert error.value.code == 2 and "-1 is less than 0" in capsys.readouterr().err
