@@ -26,6 +26,9 @@ are trained in green, and the plan: which rank would decode and encode which fra
 puts the sample in. look/summary.json has the counts and histograms, look/broken.jsonl the samples that training would
 leave out or mute, and why.
 
+With data.mixture, counts of samples and the broken ones are those of all that any epoch may draw; what is said of an epoch, and the rows
+on the page, are those of the first.
+
 --check says how closely media are looked at: `none`, `files` (there, and of the right size; the default) or `decode` (every selected
 frame, in processes that are killed when a file takes longer than data.video.timeout_s).
 """
@@ -90,9 +93,10 @@ def inspect(config: Config, arguments: argparse.Namespace) -> int:
     index = SampleIndex(
         datasets, tokenizer, config.data, tokens_per_frame=config.model.tokens_per_frame, vocab_size=config.model.llm.vocab_size
     )
-    drawn = np.arange(len(index)) if mixture is None else mixture.draw(0)
-    numbers = np.unique(drawn).tolist()
-    chosen = choose(index, numbers, arguments.ids, arguments.num_samples)
+    everything = np.arange(len(index)) if mixture is None else mixture.numbers  # an epoch of a mixture may hold a part of it
+    drawn = everything if mixture is None else mixture.draw(0)
+    numbers = everything.tolist()
+    chosen = choose(index, numbers if arguments.ids else np.unique(drawn).tolist(), arguments.ids, arguments.num_samples)
     lengths = np.full(len(index), UNUSABLE)
     lengths[numbers], reasons = index.measure(numbers, show_bar=True)
     too_long = index.too_long(lengths)
@@ -101,7 +105,7 @@ def inspect(config: Config, arguments: argparse.Namespace) -> int:
     length = config.data.context_length
     usable = (lengths > 0).any()
     schedule = RowSchedule(lengths, length, seed=config.training.seed, epochs=1, mixture=mixture) if usable else None
-    summary = summarise(index, drawn, lengths, reasons, num_rows=schedule.num_rows if schedule else 0, context_length=length)
+    summary = summarise(index, everything, drawn, lengths, reasons, num_rows=schedule.num_rows if schedule else 0, context_length=length)
     if arguments.check != "none":
         decode = arguments.check == "decode"
         found = find_broken_media(index, numbers, config, decode=decode, num_workers=arguments.num_workers, progress=_bar)

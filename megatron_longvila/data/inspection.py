@@ -70,17 +70,24 @@ def histogram(values: Sequence[float] | np.ndarray) -> list[tuple[int, int, int]
 
 
 def summarise(
-    index: SampleIndex, drawn: np.ndarray, lengths: np.ndarray, reasons: dict[int, str], *, num_rows: int, context_length: int
+    index: SampleIndex,
+    numbers: np.ndarray,
+    drawn: np.ndarray,
+    lengths: np.ndarray,
+    reasons: dict[int, str],
+    *,
+    num_rows: int,
+    context_length: int,
 ) -> Summary:
     """Count what the index knows; nothing is decoded.
 
     Args:
-        drawn: the samples of an epoch, with repeats where a mixture draws one more than once. int64.
+        numbers: the samples that any epoch may show, ascending. int64.
+        drawn: those of the first epoch, with repeats where a mixture draws one more than once. int64.
         lengths: tokens of each sample, UNUSABLE where `reasons` says why.
         num_rows: of the epoch.
     """
     frames, kinds, media, users = {}, Counter(), {}, Counter()
-    numbers = np.unique(drawn)
     for number in numbers.tolist():
         dataset, sample = index.locate(number)
         own = [dataset.media[name] for name in sample.media]

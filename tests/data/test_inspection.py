@@ -80,7 +80,7 @@ def test_counts_and_broken_samples(bpe_folder):
     dataset = TinyDataset([[3], [9], [], [0], [6, 0]])
     viewer, lengths = make_viewer([dataset], load_tokenizer(bpe_folder), Mesh(1, 1, 1, 1, 1))
     index, rows = viewer.index, viewer.schedule.num_rows
-    summary = summarise(index, np.array([0, 1, 2, 3, 4, 1]), lengths, {2: "bad"}, num_rows=rows, context_length=64)
+    summary = summarise(index, np.arange(5), np.array([0, 1, 2, 3, 4, 1]), lengths, {2: "bad"}, num_rows=rows, context_length=64)
     counts = summary.counts
     assert (counts["samples"], counts["samples of an epoch"], counts["samples of text alone"]) == (5, 6, 1)
     assert counts["frames of an epoch"] == 3 + 6 + 0 + 1 + 7 + 6  # at most 6 of a video, and sample 1 is drawn twice
@@ -179,22 +179,29 @@ def test_chromium_draws_the_page_and_runs_nothing(folder, bpe_folder, tmp_path):
     if browser is None:
         pytest.skip("no Chromium here")
     viewer, lengths = make_viewer([open_dataset(folder / "dataset")], load_tokenizer(bpe_folder), Mesh(2, 1, 1, 2, 1), context_length=512)
-    summary = summarise(viewer.index, np.arange(5), lengths, viewer.reasons, num_rows=1, context_length=512)
-    page, picture = tmp_path / "page.html", tmp_path / "page.png"
+    summary = summarise(viewer.index, np.arange(5), np.arange(5), lengths, viewer.reasons, num_rows=1, context_length=512)
     views = list(viewer.views(range(5)))
-    page.write_text("".join(render(HOSTILE, {HOSTILE: HOSTILE}, summary, viewer.mesh, views)), encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
-    words = [browser, *flags, "--window-size=1320,8000", f"--screenshot={picture}", page.as_uri()]
-    subprocess.run(words, check=True, capture_output=True, timeout=300)
-    shown_HW3 = np.asarray(Image.open(picture).convert("RGB"))
-    assert shown_HW3.shape == (8000, 1320, 3)
 
-    def share(*colour: int) -> float:
-        return float((np.abs(shown_HW3.astype(int) - colour).max(axis=2) <= 3).mean())
+    def draw(name: str, shown: list) -> tuple[Path, np.ndarray]:
+        page, picture = tmp_path / f"{name}.html", tmp_path / f"{name}.png"
+        page.write_text("".join(render(HOSTILE, {HOSTILE: HOSTILE}, summary, viewer.mesh, shown)), encoding="utf-8")
+        words = [browser, *flags, "--window-size=1320,8000", f"--screenshot={picture}", page.as_uri()]
+        subprocess.run(words, check=True, capture_output=True, timeout=300)
+        pixels_HW3 = np.asarray(Image.open(picture).convert("RGB"))
+        assert pixels_HW3.shape == (8000, 1320, 3)
+        return page, pixels_HW3
 
-    assert share(0xB6, 0xE3, 0xB4) > 1e-4  # trained tokens
-    assert share(0xFF, 0xF0, 0xEE) > 1e-4  # the problem of the sample that is too long
-    assert all(share(*colour) > 1e-4 for colour in ((44, 99, 150), (150, 95, 44)))  # the two ranks: hsl(210 55% 38%), hsl(30 55% 38%)
+    (page, full_HW3), (_, bare_HW3) = draw("page", views), draw("bare", [])
+
+    def more(*colour: int) -> float:
+        """Share of the page in a colour, less what the key above the samples has of it."""
+        full, bare = ((np.abs(one.astype(int) - colour).max(axis=2) <= 3).mean() for one in (full_HW3, bare_HW3))
+        return float(full - bare)
+
+    assert more(0xB6, 0xE3, 0xB4) > 1e-4  # trained tokens
+    assert more(0xFF, 0xF0, 0xEE) > 1e-4  # the problem of the sample that is too long
+    assert all(more(*colour) > 1e-4 for colour in ((44, 99, 150), (150, 95, 44)))  # the two ranks: hsl(210 55% 38%), hsl(30 55% 38%)
     tree = subprocess.run([browser, *flags, "--dump-dom", page.as_uri()], check=True, capture_output=True, timeout=300, text=True).stdout
     assert "<script" not in tree and "onerror=alert(1)&gt;" in tree
     assert tree.count("<img") == sum(len(view.frames) for view in views)

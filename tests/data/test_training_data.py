@@ -216,3 +216,27 @@ def test_configuration_is_checked_before_data_is_opened(folder):
     config = replace(tiny_config(), data=replace(data, mixture="m", registry=registry))
     check_inputs(config)
     check_mixture(config.data)
+
+
+def test_the_inspection_looks_beyond_the_first_epoch(folder, sentencepiece_file, tmp_path, capsys):
+    """A fifth of c an epoch: its sample that no row can hold is found, though the first epoch does not draw it."""
+    registry = write(folder, "  fifth: {mix: 0.2*c, seed: 2}\n")
+    _, mixture = open_training_data(tiny_config(mixture="fifth", registry=registry, train=[]).data)
+    assert 4 not in mixture.draw(0) and 4 in np.concatenate([mixture.draw(epoch) for epoch in range(5)])
+    tool = load_script(ROOT / "tools" / "inspect_dataset.py")
+    words = ["--output", str(tmp_path / "look"), "--config", str(ROOT / "examples" / "models" / "tiny.yaml"), "--data.context_length", "64"]
+    words += [
+        "--data.registry",
+        registry,
+        "--data.mixture",
+        "fifth",
+        "--data.tokenizer",
+        str(sentencepiece_file),
+        "--model.llm.vocab_size",
+        "1024",
+    ]
+    assert tool.main(words) == tool.BROKEN
+    assert [json.loads(line)["id"] for line in (tmp_path / "look" / "broken.jsonl").read_text().splitlines()] == ["c-4"]
+    counts = json.loads((tmp_path / "look" / "summary.json").read_text())["counts"]
+    assert (counts["samples"], counts["usable samples"], counts["samples of an epoch"]) == (5, 4, 1)
+    assert "1 broken samples" in capsys.readouterr().out
