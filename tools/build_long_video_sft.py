@@ -42,8 +42,9 @@ Build an instruction dataset from a folder of long videos. Each stage is a subco
 
 Any endpoint that speaks OpenAI's chat completions will do. Its key is read from the environment (OPENAI_API_KEY, or --key_env NAME), and
 is written nowhere. Every answer is stored before it is looked at (/data/build/answers) and never asked for again, however often a stage is
-stopped, killed or repeated; another prompt, model or sampling setting is another question. What a stage refuses is in STAGE.rejects.jsonl,
-what it cost and which faults the endpoint had in STAGE.report.json.
+stopped, killed or repeated; another prompt, model or sampling setting is another question. What a stage refuses is in STAGE.rejects.jsonl
+(also what the endpoint refuses), what got no answer yet in STAGE.pending.jsonl, what it cost and which faults the endpoint had in
+STAGE.report.json.
 """
 EPILOG = """
 Exit status: 0 done; 1 the stage cannot run, the message says why; 2 wrong usage; 3 questions are left open, the same command goes on.

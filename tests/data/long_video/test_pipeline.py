@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -228,15 +229,41 @@ def stored_requests(work: Path, server: ScriptedServer) -> set[str]:
     return {server.served[number] for number in numbers}
 
 
-def run_and_kill(line: list[str], server: ScriptedServer, after_requests: int, after_s: float) -> tuple[int, str]:
-    """Run a command; kill -9 once the server has seen so many requests of it, or after so many seconds. Returns (exit code, errors)."""
-    seen, end = len(server.requests), time.monotonic() + after_s
+REPLACED = {"segment": 3, "filter": 3, "export": 3, "stats": 1}  # files that each of these stages puts into place at its end
+DYING = """
+import os, runpy, signal, sys
+left, replace, sys.argv = int(sys.argv[1]), os.replace, sys.argv[2:]
+def replace_or_die(*paths):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*paths)
+os.replace = replace_or_die
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_and_kill(line: list[str], due: Callable[[], bool]) -> tuple[int, str]:
+    """Run a command; kill -9 once it is `due`, or after two minutes. Returns (exit code, errors)."""
+    end = time.monotonic() + 120
     with subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while process.poll() is None:
-            if len(server.requests) - seen >= after_requests or time.monotonic() > end:
+            if due() or time.monotonic() > end:
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.002)
         return process.wait(), process.stderr.read().decode()
+
+
+def plan_kill(stage: str, attempt: int, work: Path, server: ScriptedServer, draw: random.Random) -> tuple[list[str], Callable[[], bool]]:
+    """(what runs the tool, when to kill it) for a point that is sure to be met: after some requests, once the journal has an answer, or
+    just before a file is put into its place."""
+    if stage in ASKING:
+        wanted = len(server.requests) + draw.randint(1, 6)
+        return [sys.executable], lambda: len(server.requests) >= wanted
+    if stage == "segment" and attempt == 0:
+        return [sys.executable], lambda: any(path.read_bytes().count(b"\n") > 1 for path in work.glob("answers/segment-*.jsonl"))
+    return [sys.executable, "-c", DYING, str(draw.randint(1, REPLACED[stage]))], lambda: False
 
 
 @pytest.mark.kill
@@ -246,22 +273,22 @@ def test_kill_9_at_random_points_gives_the_same_dataset_and_repeats_no_stored_an
     work, kills = tmp_path / "work", Counter()
     with ScriptedServer(delay_s=0.03) as server:
         for stage in ALL:
-            line = [sys.executable, str(ROOT / "tools" / "build_long_video_sft.py"), *words(stage, work, films[0], server.url)]
-            asks = stage in ASKING
+            command = [str(ROOT / "tools" / "build_long_video_sft.py"), *words(stage, work, films[0], server.url)]
             for attempt in range(4):
                 before = stored_requests(work, server) if work.is_dir() else set()
                 seen = len(server.requests)
-                after = (1 << 30, 120.0) if attempt == 3 else (draw.randint(1, 6), 60.0) if asks else (1, draw.uniform(0.3, 1.8))
-                code, errors = run_and_kill(line, server, *after)
+                start, due = ([sys.executable], lambda: False) if attempt == 3 else plan_kill(stage, attempt, work, server, draw)
+                code, errors = run_and_kill([*start, *command], due)
                 kills[stage] += code == -signal.SIGKILL
                 assert not before & set(server.requests[seen:]), "a stored answer was asked for again"
                 if code == 0:
                     break
                 assert code == -signal.SIGKILL, errors
             assert code == 0
-        assert kills["caption"] == 3 and kills["images"] and kills["summarize"] and kills["qa"]
+        assert {stage: kills[stage] for stage in ("caption", *REPLACED)} == dict.fromkeys(("caption", *REPLACED), 3)
+        assert kills["images"] and kills["summarize"] and kills["qa"]
         lost = len(server.requests) - built[1]["different"]  # asked, but killed before the answer was stored
-        assert 0 < lost <= 4 * kills.total() and len(set(server.requests)) == built[1]["different"]
+        assert 0 < lost <= 4 * sum(kills[stage] for stage in ASKING) and len(set(server.requests)) == built[1]["different"]
     for name in FILES:
         assert (work / name).read_bytes() == (built[0] / name).read_bytes(), name
 
