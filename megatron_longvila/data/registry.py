@@ -12,7 +12,7 @@
       short_sft:                               # or a mapping
         mix: images + 2*youcook2               # ... of an expression,
         weights: {images: 0.7, youcook2: 0.3}  # or (instead of mix) of the share of each part in an epoch
-        size: 100000                           # samples of an epoch, exactly; parts keep their proportions
+        size: 100000                           # draws of an epoch, before unusable samples are left out; parts keep their proportions
         limit: {stage3: 50000}                 # samples of an epoch, at most; by data.stage, or one number for every stage
         seed: 1                                # which samples a part is drawn from first, where it is not drawn whole
 

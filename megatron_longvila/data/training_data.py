@@ -101,16 +101,22 @@ class _Opener:
 
 
 def choose(dataset: Dataset | TextDataset, subset: Subset, where: str) -> np.ndarray:
-    """Sample numbers of a subset, ascending. int64. Raises ValueError that begins with `where` for a list of ids that cannot be meant."""
+    """Sample numbers of a subset, ascending. int64. A subset that has fewer samples than it asks for is logged as a warning.
+
+    Raises ValueError that begins with `where` for a list of ids that cannot be meant.
+    """
     numbers = np.arange(len(dataset.samples))
     if subset.include or subset.exclude:
         ids = [sample.id for sample in dataset.samples]
         if subset.include:
-            wanted = _read_ids(subset.include, ids, where)
+            wanted = _read_ids(subset.include, ids, where, expected=True)
             numbers = np.flatnonzero([one in wanted for one in ids])
         if subset.exclude:
-            unwanted = _read_ids(subset.exclude, ids, where)
+            unwanted = _read_ids(subset.exclude, ids, where, expected=False)
             numbers = np.asarray([number for number in numbers.tolist() if ids[number] not in unwanted], dtype=np.int64)
+    for name, size in (("first", subset.first), ("count", subset.count)):
+        if size is not None and size > len(numbers):
+            logger.warning("%s: `%s: %d` takes all %d samples there are; lower it, or add samples", where, name, size, len(numbers))
     if subset.first is not None:
         return numbers[: subset.first]
     count = subset.count if subset.fraction is None else int(subset.fraction * len(numbers) + Fraction(1, 2))
@@ -119,7 +125,8 @@ def choose(dataset: Dataset | TextDataset, subset: Subset, where: str) -> np.nda
     return numbers[np.sort(permute(len(numbers), subset.seed, 0)[:count])]
 
 
-def _read_ids(path: Path, ids: Sequence[str], where: str) -> set[str]:
+def _read_ids(path: Path, ids: Sequence[str], where: str, *, expected: bool) -> set[str]:
+    """The ids of a list; with `expected` one that the dataset lacks is worth a warning."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -129,5 +136,9 @@ def _read_ids(path: Path, ids: Sequence[str], where: str) -> set[str]:
     if not known:
         raise ValueError(f"{where}: none of the {len(listed)} ids in {path} is one of the dataset (such as {ids[:1]}); one id a line")
     if len(known) < len(listed):
-        logger.info("%s: %d of the %d ids in %s are not in the dataset", where, len(listed) - len(known), len(listed), path)
+        level = logging.WARNING if expected else logging.INFO
+        example = min(listed - known)
+        logger.log(
+            level, "%s: %d of the %d ids in %s are not in the dataset (%s)", where, len(listed) - len(known), len(listed), path, example
+        )
     return listed

@@ -218,6 +218,20 @@ def test_configuration_is_checked_before_data_is_opened(folder):
     check_mixture(config.data)
 
 
+def test_subsets_that_fall_short_are_said(folder, caplog):
+    (folder / "some.txt").write_text("a-1\na-2\ngone\n")
+    rules = "{much: {count: 11}, far: {first: 12}, all: {count: 10}, some: {include: some.txt}, rest: {exclude: some.txt}}"
+    (folder / "short.yaml").write_text(f"datasets: {{a: {{path: a, subsets: {rules}}}}}\n")
+    said = {}
+    for name in ("much", "far", "all", "some", "rest"):
+        caplog.clear()
+        open_training_data(tiny_config(mixture=f"a@{name}", registry=str(folder / "short.yaml"), train=[]).data)
+        said[name] = " ".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "`count: 11` takes all 10" in said["much"] and "`first: 12` takes all 10" in said["far"]
+    assert "subset some: 1 of the 3 ids" in said["some"] and "(gone)" in said["some"]
+    assert said["all"] == said["rest"] == ""  # a list of what is not wanted may well name more
+
+
 def test_the_inspection_looks_beyond_the_first_epoch(folder, sentencepiece_file, tmp_path, capsys):
     """A fifth of c an epoch: its sample that no row can hold is found, though the first epoch does not draw it."""
     registry = write(folder, "  fifth: {mix: 0.2*c, seed: 2}\n")
