@@ -70,6 +70,35 @@ def run_tasks(function: Callable, tasks: Iterable, *, num_workers: int, timeout_
             _stop(worker)
 
 
+class Assistant:
+    """A worker process that is asked one task after the other, by one thread at a time; it starts when it is first asked.
+
+    `function` is a top-level function; what it keeps between tasks (an open file) lives as long as the process.
+    """
+
+    def __init__(self, function: Callable, timeout_s: float):
+        self._function, self._timeout_s = function, timeout_s
+        self._worker: _Worker | None = None
+
+    def ask(self, task: object) -> object:
+        """function(task), or Killed where the process crashed or overran the limit; the next task gets a new one. Raises what it raises."""
+        if self._worker is None:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([self._function.__module__])
+            self._worker = _start(context, self._function, self._timeout_s)
+        worker = self._worker
+        _give(worker, task, self._timeout_s)
+        answer = _collect(worker, worker.connection.poll(self._timeout_s), self._timeout_s)
+        if isinstance(answer, Killed):
+            self._worker = None
+        return answer
+
+    def close(self) -> None:
+        if self._worker is not None:
+            _stop(self._worker)
+            self._worker = None
+
+
 def _start(context, function: Callable, timeout_s: float | None) -> _Worker:
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, function, timeout_s), daemon=True)

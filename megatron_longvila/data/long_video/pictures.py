@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import os
 import threading
@@ -14,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from megatron_longvila.data.images import open_image
-from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline, DecodeTimeout, MediaError, MediaUnreadable
+from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline, MediaError, MediaUnreadable
 from megatron_longvila.data.stream import VideoStream
+from megatron_longvila.data.workers import Assistant, Killed
 
 _OPEN_VIDEOS = 4  # clips come video by video, so the threads work on one or two at a time
 
@@ -24,7 +26,7 @@ _OPEN_VIDEOS = 4  # clips come video by video, so the threads work on one or two
 class PictureOptions:
     """`num_frames` of a clip, evenly spaced; the longer side scaled down to `image_size` pixels; JPEG quality. In every request's key.
 
-    `timeout_s`, for opening a video and reading the frames of a clip, is in none. It is looked at between packets and frames.
+    `timeout_s`, for opening a video and reading the frames of a clip, is in none.
     """
 
     num_frames: int = 8
@@ -80,16 +82,11 @@ class ClipReader:
             shared = self._share(str(path))
             with shared.lock:
                 if not shared.closed:  # else pushed out while this thread waited for its turn
-                    found = shared.read(num_frames, indices)
-                    break
-        missing = [index for index in indices if index not in found]
-        if missing:  # the prompt says how many pictures there are, and the record which
-            raise MediaError(f"{len(missing)} of the {len(indices)} frames to show do not decode, the first of them frame {missing[0]}")
-        return [_jpeg(Image.fromarray(np.ascontiguousarray(found[index])), self._options) for index in indices]
+                    return shared.read(num_frames, indices)
 
     def _share(self, path: str) -> _Shared:
         with self._lock:
-            shared = self._streams.setdefault(path, _Shared(path, self._options.timeout_s))
+            shared = self._streams.setdefault(path, _Shared(path, self._options))
             self._streams.move_to_end(path)
             old = self._streams.popitem(last=False)[1] if len(self._streams) > _OPEN_VIDEOS else None
         if old is not None:
@@ -97,50 +94,64 @@ class ClipReader:
         return shared
 
 
-class _Turn(Deadline):
-    """A deadline that starts again with every turn at a video."""
+@dataclass(frozen=True)
+class _Clip:
+    path: str
+    num_frames: int
+    indices: tuple[int, ...]
+    options: PictureOptions
 
-    def restart(self) -> None:
-        super().__init__(self.timeout_s)
+
+def read_clip(task: _Clip) -> list[bytes]:
+    """Runs in a worker of the video: JPEGs of the frames. Raises MediaError."""
+    stream = _open(task.path)
+    try:
+        if stream.timeline.num_frames != task.num_frames:
+            raise MediaError(f"has {stream.timeline.num_frames} frames, but had {task.num_frames}; run `segment` again")
+        found = stream.read(task.indices, stream.to_rgb)
+    except MediaUnreadable:
+        _open.cache_clear()  # it stands somewhere in the middle
+        raise
+    missing = [index for index in task.indices if index not in found]
+    if missing:  # the prompt says how many pictures there are, and the record which
+        raise MediaError(f"{len(missing)} of the {len(task.indices)} frames to show do not decode, the first of them frame {missing[0]}")
+    return [_jpeg(Image.fromarray(np.ascontiguousarray(found[index])), task.options) for index in task.indices]
+
+
+@functools.lru_cache(maxsize=1)
+def _open(path: str) -> VideoStream:
+    return VideoStream(path, Deadline(None), DEFAULT_LIMITS)  # the parent keeps the time
 
 
 class _Shared:
-    """A video that threads take turns with; opened by the first one."""
+    """A video that threads take turns with, open in a process of its own: a decoder that hangs or crashes takes only its clip along."""
 
-    def __init__(self, path: str, timeout_s: float):
+    def __init__(self, path: str, options: PictureOptions):
         self.lock = threading.Lock()
         self.closed = False
-        self._path, self._stream, self._failure = path, None, None
-        self._turn = _Turn(timeout_s)
+        self._path, self._options = path, options
+        self._assistant = Assistant(read_clip, options.timeout_s)
+        self._opened, self._failure = False, None
 
-    def read(self, num_frames: int, indices: list[int]) -> dict[int, np.ndarray]:
-        """uint8 [H, W, 3] of the frames that decode. Raises MediaError; a video that is too slow to open is not opened again."""
+    def read(self, num_frames: int, indices: list[int]) -> list[bytes]:
+        """JPEGs of the frames. Raises MediaError; a video that does not live through opening is not opened once per clip."""
         if self._failure:
             raise MediaError(self._failure)
-        self._turn.restart()
-        found_length = False
-        try:
-            if self._stream is None:
-                self._stream = VideoStream(self._path, self._turn, DEFAULT_LIMITS)
-            length = self._stream.timeline.num_frames
-            found_length = True
-            if length != num_frames:
-                raise MediaError(f"has {length} frames, but had {num_frames}; run `segment` again")
-            return self._stream.read(indices, self._stream.to_rgb)
-        except DecodeTimeout as error:
-            self._drop()  # it stands anywhere
-            self._failure = None if found_length else str(error)
-            raise
+        if not self._opened:
+            answer = self._assistant.ask(_Clip(self._path, num_frames, (), self._options))
+            if isinstance(answer, Killed):
+                self._failure = answer.reason
+                raise MediaError(answer.reason)
+            self._opened = True
+        answer = self._assistant.ask(_Clip(self._path, num_frames, tuple(indices), self._options))
+        if isinstance(answer, Killed):
+            raise MediaError(answer.reason)
+        return answer
 
     def close(self) -> None:
         with self.lock:
             self.closed = True
-            self._drop()
-
-    def _drop(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+            self._assistant.close()
 
 
 def _jpeg(picture: Image.Image, options: PictureOptions) -> bytes:

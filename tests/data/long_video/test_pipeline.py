@@ -26,9 +26,9 @@ from scripted_server import ScriptedServer
 from megatron_longvila.data.long_video.filters import RULES
 from megatron_longvila.data.long_video.pictures import ClipReader, PictureOptions
 from megatron_longvila.data.long_video.prompts import QUESTION_TYPES
-from megatron_longvila.data.media import DecodeTimeout, MediaError
+from megatron_longvila.data.media import MediaError
 from megatron_longvila.data.rows import parse_row
-from megatron_longvila.data.stream import VideoStream
+from megatron_longvila.data.workers import Assistant, Killed
 
 TOOL = load_script(ROOT / "tools" / "build_long_video_sft.py")
 KEY = "sk-0123456789abcdef"
@@ -524,15 +524,31 @@ def test_a_clip_of_which_a_frame_does_not_decode_is_refused(tmp_path):
     assert len(captions) == len(clips) - 1 and sorted(shown) == sorted(len(record["frames"]) for record in captions)
 
 
-def test_a_video_that_is_slow_to_read_is_refused_and_not_opened_again(tmp_path, monkeypatch):
+def test_a_decoder_that_hangs_or_dies_takes_only_its_clip_along(tmp_path, monkeypatch):
     path = make_film(tmp_path / "a.mp4", [Scene("red", 10)])
     size = path.stat().st_size
-    with ClipReader(PictureOptions(timeout_s=1e-9)) as reader:
-        with pytest.raises(DecodeTimeout, match="took longer"):
+    with ClipReader(PictureOptions()) as reader:
+        first = reader.read(path, size, 50, [10])
+        reader._streams[str(path)]._assistant._worker.process.kill()
+        with pytest.raises(MediaError, match="crashed its reader .SIGKILL."):
+            reader.read(path, size, 50, [20])
+        assert reader.read(path, size, 50, [10]) == first
+    with ClipReader(PictureOptions(timeout_s=1e-6)) as reader:
+        with pytest.raises(MediaError, match="took longer than 1e-06 s and was stopped"):
             reader.read(path, size, 50, [10])
-        monkeypatch.setattr(VideoStream, "__init__", lambda *_: pytest.fail("opened again"))
+        monkeypatch.setattr(Assistant, "ask", lambda *_: pytest.fail("opened again"))
         with pytest.raises(MediaError, match="took longer"):
             reader.read(path, size, 50, [20])
+
+
+def test_an_assistant_that_overruns_is_replaced():
+    assistant = Assistant(time.sleep, 0.5)
+    assert assistant.ask(60) == Killed("took longer than 0.5 s and was stopped")
+    assert assistant.ask(0.01) is None
+    with pytest.raises(ValueError, match="non-negative"):
+        assistant.ask(-1)
+    assert assistant.ask(0.01) is None
+    assistant.close()
 
 
 def test_wrong_usage(tmp_path, capsys):
