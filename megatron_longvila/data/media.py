@@ -260,16 +260,18 @@ def resolve_below(root: Path, path: str) -> Path:
     """The real file that `path` means below `root` (an absolute path must lie below it too).
 
     Raises:
-        MediaError: `..` or a symbolic link leads out of the root, the file is missing, or the name cannot be one.
+        MediaError: `..` or a symbolic link leads out of the root, the file is missing, or the name cannot be one. Reports that are passed
+            on hold its text, so that it names no place above the root.
     """
     real_root = root.resolve()
     try:
         real = (real_root / path).resolve()
         exists = real.exists()
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL byte, a loop of links
-        raise MediaError(f"{path!r} cannot be opened: {error}") from None
+        reason = getattr(error, "strerror", None) or ("is a loop of links" if isinstance(error, RuntimeError) else str(error))
+        raise MediaError(f"{path!r} cannot be opened: {reason}") from None
     if not real.is_relative_to(real_root):
-        raise MediaError(f"{path!r} leads out of the media root {real_root}; keep media below it, or give a wider --media_root")
+        raise MediaError(f"{path!r} leads out of the media root; keep media below it, or give a wider --media_root")
     if not exists:
-        raise MediaUnreadable(f"{path!r} is not in the media root {real_root}")
+        raise MediaUnreadable(f"{path!r} is not in the media root")
     return real

@@ -143,7 +143,7 @@ def _resolve(reference: MediaReference, media_root: Path) -> _File:
             return _File(path, str(real), None, f"{path}|{status.st_size}|{status.st_mtime_ns}")
         digest = hashlib.sha256()
         for frame in frame_files(real):
-            resolve_below(media_root, str(frame))  # a frame may be a link out of the root
+            resolve_below(media_root, os.path.join(path, frame.name))  # a frame may be a link out of the root
             status = frame.stat()
             digest.update(f"{frame.name}|{status.st_size}|{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         return _File(path, str(real), reference.fps, f"{path}|{reference.fps}|{digest.hexdigest()}")

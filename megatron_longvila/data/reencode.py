@@ -274,7 +274,7 @@ def _plan(options: Options, source: Path, target: Path) -> tuple[list[_Task], li
                 real = resolve_below(source, relative)
                 status = real.stat()
             except (MediaError, OSError) as error:
-                refused.append({"path": relative, "reason": str(error)})
+                refused.append({"path": relative, "reason": getattr(error, "strerror", None) or str(error)})
                 continue
             key = f"{relative}|{status.st_size}|{status.st_mtime_ns}"
             tasks.append(_Task(key, str(real), str(target / relative), options.settings, options.timeout_s, options.limits))
@@ -327,7 +327,7 @@ def _work(task: _Task) -> dict:
     except (av.FFmpegError, OSError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        return {"error": f"cannot be re-encoded: {error}", "final": False}
+        return {"error": f"cannot be re-encoded: {error.strerror or error}", "final": False}
     finally:
         partial.unlink(missing_ok=True)
 

@@ -160,7 +160,10 @@ class Dataset:
         if media.shard:
             return self._read_shard(media)
         try:
-            path = resolve_below(self._media_root, media.path)
+            try:
+                path = resolve_below(self._media_root, media.path)
+            except MediaError as error:  # the folder may have moved since: say which one is meant
+                raise type(error)(f"{error} (the root is {self._media_root})") from None
             if media.kind == "frames":
                 files = frame_files(path)
                 if len(files) != media.num_frames:

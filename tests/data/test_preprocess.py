@@ -123,8 +123,9 @@ def finished(media, tmp_path_factory) -> Path:
     return folder
 
 
-def test_accepted_and_rejected_rows(finished):
+def test_accepted_and_rejected_rows(finished, media):
     report = json.loads((finished / "out" / "report.json").read_text())
+    assert not any(str(media) in row["reason"] for row in report["rows"])  # a report that is passed on names no place above the root
     assert (report["accepted"], report["rejected"]) == (11, len(REFUSED)) == (len(good_rows()), len(report["rows"]))
     for line, (row, (record, reason)) in enumerate(zip(report["rows"], REFUSED, strict=True), len(good_rows()) + 2):
         assert row["key"] == f"rows.jsonl:{line}"

@@ -158,6 +158,7 @@ def test_a_folder(tmp_path):
     report = prepare(options)
     assert (report.prepared, report.kept, report.changed) == (2, 1, True)
     assert {row["path"] for row in report.rejected} == {"notes.txt", "cut.mp4", "link.mp4"}
+    assert not any(str(tmp_path) in row["reason"] for row in report.rejected)  # no place above the input folder
     assert report.bytes_before > 0 and report.bytes_after > 0 and report.decode_s_before > 0 and report.decode_s_after > 0
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert names == {"long.mp4", "sub dir/\u00fcn\u00ef <b>.mkv", "picture.png", "state/lock", "state/prepared.jsonl"}

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,6 +186,9 @@ def test_referred_media_must_stay_as_they_were(root, tmp_path):
         with pytest.raises(MediaError, match=reason):
             dataset.read(media)
     assert dataset.read(two)
+    shutil.rmtree(tmp_path / "media")
+    with pytest.raises(MediaError, match=re.escape(f"is not in the media root (the root is {tmp_path / 'media'})")):
+        dataset.read(two)
 
 
 def test_an_empty_file_of_samples(tmp_path):
