@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -466,6 +467,25 @@ def test_pictures_that_come_and_go_while_the_stage_runs(tmp_path, monkeypatch):
         assert TOOL.main(line) == 0 and len(server.requests) == 12
     assert [row["id"] for row in read_lines(work / "images.jsonl")] == [*(f"{number}.png" for number in range(11)), "sub/a.png"]
     assert {row["item"]: row["reason"] for row in read_lines(work / "images.rejects.jsonl")}["linked"].startswith("is a link to a folder")
+
+
+def test_answers_about_pictures_are_not_kept_in_memory(tmp_path):
+    """A second run reads stored answers of 20 KB each; what it keeps of one is where it stands."""
+    root, peaks = tmp_path / "images", {}
+    root.mkdir()
+    with ScriptedServer(lambda *_: "A grid of cells. " * 1200) as server:
+        command = ["caption", "--work", str(tmp_path / "work"), "--model", "m", "--endpoint", server.url, "--images", str(root)]
+        for total in (50, 250):
+            for number in range(total):
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(root / f"{number}.png")
+            assert TOOL.main(command) == 0
+            tracemalloc.start()
+            try:
+                assert TOOL.main(command) == 0
+                peaks[total] = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+    assert len(read_lines(tmp_path / "work" / "images.jsonl")) == 250 and peaks[250] - peaks[50] < 200 * 4000, peaks
 
 
 def test_a_list_of_names(films, tmp_path, capsys):
