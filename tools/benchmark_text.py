@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -204,7 +205,7 @@ def run(arguments: argparse.Namespace) -> dict:
             samples[name].append(apart("library", path, text))
             samples[name].append(apart("command", path, text, arguments.work, arguments.num_workers))
         found = {
-            "command": f"python tools/benchmark_text.py --megabytes {arguments.megabytes} --repeats {arguments.repeats}",
+            "command": arguments.command,
             "processor": find_processor(),
             "cpus": os.cpu_count(),
             "load_at_each_round": loads,
@@ -233,7 +234,8 @@ def compare(name: str, samples: list[dict]) -> dict:
     if len(tokens) > 1:
         raise RuntimeError(f"{name}: the library and preprocess_text gave different numbers of tokens: {sorted(tokens)}")
     count = tokens.pop()
-    row = {"tokenizer": name, "tokens": count, "library_call": samples[0]["call"]}
+    rounds = sum(one["call"] == "preprocess_text" for one in samples)
+    row = {"tokenizer": name, "tokens": count, "library_call": samples[0]["call"], "rounds": rounds}
     for kind in ("wall_s", "processor_s"):
         library = min(one[kind] for one in samples if one["call"] != "preprocess_text")
         command = min(one[kind] for one in samples if one["call"] == "preprocess_text")
@@ -287,7 +289,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--num_workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="of preprocess_text [%(default)s]")
     add("--repeats", type=int, default=3, metavar="N", help="rounds; the least times of them count [%(default)s]")
     add("--least_share", type=float, default=0.0, metavar="S", help="fail below this share [%(default)s: never]")
-    return parser.parse_args(argv)
+    return parser.parse_args(argv, argparse.Namespace(command=spell(argv)))
+
+
+def spell(argv: list[str]) -> str:
+    """The command as it was given; folders of this machine, which say nothing to others, as their last names."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in argv]
+    return shlex.join(["python", "tools/benchmark_text.py", *words])
 
 
 if __name__ == "__main__":

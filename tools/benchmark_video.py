@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -36,7 +37,8 @@ Every reading is a process of its own and gives all frames as RGB pictures of fu
 opening the file, and the peak of memory beyond what the process held before, less the pictures themselves. With --threads N the peers use
 their own N threads, and this reader cuts the frames into N runs, as context-parallel ranks and loader threads do. The readers take turns
 in every round, and of the rounds the least times and the most memory count: other work on the machine only ever adds. --output is
-written anew after each round; where it is there already with the same versions and videos, further rounds are added to it.
+written anew after each round; where it is there already with the same versions and videos, further rounds are added to it. It has the
+command of each round, and with each row the number of rounds it comes from.
 
 Readers: ours; ours_listed (with the packet list that a dataset stores); ours_squares (what training calls: listed, and each picture is
 scaled to 384 x 384 at once, the rest of it is let go); decord; torchcodec; torchcodec_approximate (trusts the header's frame rate); opencv
@@ -226,14 +228,15 @@ def run(arguments: argparse.Namespace) -> dict:
         paths[kind] = arguments.work / f"{kind}_{num_frames}.mp4"
         if not paths[kind].exists():
             make_video(paths[kind], KINDS[kind], num_frames)
-    samples, loads = earlier_readings(arguments, num_frames)
+    samples, loads, commands = earlier_readings(arguments, num_frames)
     for _ in range(arguments.repeats):
         loads.append(round(os.getloadavg()[0], 1))
+        commands.append(arguments.command)
         for kind, threads, reader in itertools.product(paths, arguments.threads, arguments.readers):
             known = samples.setdefault((kind, threads, reader), [])
             if not any("missing" in one for one in known):
                 known.append(read_apart(reader, paths[kind], arguments.num_frames, num_frames, threads))
-        found = describe(arguments, num_frames, samples, loads)
+        found = describe(arguments, num_frames, samples, loads, commands)
         if arguments.output:
             arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -262,18 +265,21 @@ def circumstances(arguments: argparse.Namespace, num_frames: int) -> dict:
     }
 
 
-def earlier_readings(arguments: argparse.Namespace, num_frames: int) -> tuple[dict[tuple, list[dict]], list[float]]:
-    """Readings by video, threads and reader, and the loads, of the rounds that --output holds. RuntimeError if they do not compare."""
+def earlier_readings(arguments: argparse.Namespace, num_frames: int) -> tuple[dict[tuple, list[dict]], list[float], list[str]]:
+    """Readings by video, threads and reader, and the loads and commands of the rounds that --output holds. RuntimeError if they do not
+    compare."""
     if not (arguments.output and arguments.output.exists()):
-        return {}, []
+        return {}, [], []
     found = json.loads(arguments.output.read_text())
     for name, value in circumstances(arguments, num_frames).items():
         if found[name] != value:
             raise RuntimeError(f"{arguments.output} has {name}={found[name]}, here it is {value}; give another --output")
-    return {tuple(key): readings for key, readings in found["readings"]}, found["load_at_each_round"]
+    return {tuple(key): readings for key, readings in found["readings"]}, found["load_at_each_round"], found["command_of_each_round"]
 
 
-def describe(arguments: argparse.Namespace, num_frames: int, samples: dict[tuple, list[dict]], loads: list[float]) -> dict:
+def describe(
+    arguments: argparse.Namespace, num_frames: int, samples: dict[tuple, list[dict]], loads: list[float], commands: list[str]
+) -> dict:
     """The file of results."""
     rows = []
     for (kind, threads, reader), found in samples.items():
@@ -283,7 +289,7 @@ def describe(arguments: argparse.Namespace, num_frames: int, samples: dict[tuple
         counted = broken or {name: pick[name](one[name] for one in found) for name in found[0]}
         rows.append(row | counted | {"rounds": len(found)})
     return {
-        "command": "python tools/benchmark_video.py --work DIR --output FILE",
+        "command_of_each_round": commands,
         **circumstances(arguments, num_frames),
         "load_at_each_round": loads,
         "rows": rows,
@@ -337,7 +343,8 @@ def main(argv: list[str] | None = None) -> int:
         memory = f"{row['other_memory_mib']:.0f} MiB beside {row['pictures_mib']:.0f}"
         print(f"{where} {row['wall_s']:7.2f} s ({row['processor_s']:.2f} s of processor), {memory}{exact}")
     for one in found["fastest_exact_peer"]:
-        print(f"{one['video']}, {one['threads']} threads: {one['peer']} takes {one['wall_s_ratio']} x our time")
+        slower = "; this reader is not the quickest here" if one["wall_s_ratio"] < 1 else ""
+        print(f"{one['video']}, {one['threads']} threads: {one['peer']} takes {one['wall_s_ratio']} x our time{slower}")
     inexact = [row for row in found["rows"] if row["reader"] in OURS and row.get("exact", arguments.num_frames) != arguments.num_frames]
     if inexact:
         print(f"error: this project's reader gave {inexact[0]['exact']:g} right frames of {arguments.num_frames}", file=sys.stderr)
@@ -356,7 +363,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--readers", nargs="+", choices=READERS, default=list(READERS), help="which readers [all]")
     add("--threads", nargs="+", type=int, default=sorted({1, cpus}), metavar="N", help="[1 and all processors]")
     add("--repeats", type=int, default=3, metavar="N", help="rounds; the least times of them count [%(default)s]")
-    return parser.parse_args(argv)
+    return parser.parse_args(argv, argparse.Namespace(command=spell(argv)))
+
+
+def spell(argv: list[str]) -> str:
+    """The command as it was given; folders of this machine, which say nothing to others, as their last names."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in argv]
+    return shlex.join(["python", "tools/benchmark_video.py", *words])
 
 
 if __name__ == "__main__":
