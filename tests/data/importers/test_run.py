@@ -104,6 +104,14 @@ def test_search_takes_no_other_file_of_a_like_name(tmp_path):
         folder.find(["y"], VIDEOS)
 
 
+def test_rows_of_an_older_importer_are_made_anew(tmp_path, media, monkeypatch):
+    job = options(tmp_path, [record(0)], media)
+    monkeypatch.setattr(run_module, "VERSION", run_module.VERSION - 1)
+    assert run_import(job).changed and not run_import(job).changed
+    monkeypatch.undo()
+    assert run_import(job).changed
+
+
 def test_duplicate_ids(tmp_path, media):
     records = [
         record(0, identity="x"),
