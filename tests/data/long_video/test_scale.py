@@ -17,12 +17,13 @@ from megatron_longvila.data.long_video.records import work_folder, write_stage
 VIDEOS, QUESTIONS = 5000, 20  # of each video
 MOST_MIB = 500
 PROGRAM = """
-import resource, runpy, sys
+import runpy, sys
 sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
-    print("peak_kib:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # Not getrusage: its maximum outlives exec, and begins with that of the process that forked this one.
+    print("peak_kib:", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
     raise
 """
 
