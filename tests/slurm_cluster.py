@@ -150,11 +150,11 @@ class Cluster:
                     found.append(process)
         return found
 
-    def run(self, *words: object, check: bool = True, cwd: Path | None = None, **environment: object) -> str:
+    def run(self, *words: object, check: bool = True, cwd: Path | None = None, timeout_s: float = 120, **environment: object) -> str:
         """A command's standard output and error. AssertionError with both if it fails."""
         done = subprocess.run(
             list(map(str, words)), env=self.environment(**environment), cwd=cwd or self.folder,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{words} ended with {done.returncode}: {done.stdout}"
         return done.stdout

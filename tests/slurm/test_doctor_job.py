@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slurm
 def test_two_nodes(cluster: Cluster) -> None:
     words = [sys.executable, "-m", "megatron_longvila.doctor", "--disk_mib", "4", "--exchange_mib", "1", "--json"]
     step = ["srun", "--quiet", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--output=doctor.json", "--error=doctor.err"]
-    said = cluster.run(*step, *words, check=False, PYTHONPATH=ROOT)
+    said = cluster.run(*step, *words, check=False, timeout_s=400, PYTHONPATH=ROOT)
     text = (cluster.folder / "doctor.json").read_text()
     assert text, said + (cluster.folder / "doctor.err").read_text()
     found: dict[str, list[dict]] = {}
