@@ -43,10 +43,12 @@ def tokenizer_path(tmp_path_factory) -> str:
 @pytest.fixture
 def make_config(tmp_path, tokenizer_path, monkeypatch):
     """Builds configurations over datasets in memory; forked ranks inherit the replaced `open_dataset`."""
+    from megatron_longvila.data import training_data
     from megatron_longvila.training import loop
 
     datasets = {"train": TinyDataset(SHAPES), "held_out": TinyDataset(SHAPES[:5], words="Which shape?")}
-    monkeypatch.setattr(loop, "open_dataset", datasets.__getitem__)
+    for module in (loop, training_data):
+        monkeypatch.setattr(module, "open_dataset", datasets.__getitem__)
 
     def make(
         name: str = "run", steps: int = 10, parallel=None, training=None, checkpoint=None, logging=None, tie_embeddings=False, **data
