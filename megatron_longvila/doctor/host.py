@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,7 +206,9 @@ def check_disk(path: Path, count: int) -> Iterator[Finding]:
 
 def disk_times(path: Path, count: int) -> tuple[float, float, float]:
     """Seconds to write and sync `count` bytes, to read them back past the page cache where the system lets go of it, to replace a file."""
-    file, block = path / f".doctor.{os.getpid()}", os.urandom(MIB)
+    descriptor, name = tempfile.mkstemp(prefix=".doctor.", dir=path)  # one of its own: hosts share disks
+    os.close(descriptor)
+    file, block = Path(name), os.urandom(MIB)
     try:
         start = time.perf_counter()
         with open(file, "wb") as stream:
@@ -222,7 +225,7 @@ def disk_times(path: Path, count: int) -> tuple[float, float, float]:
         read_s = time.perf_counter() - start
         start = time.perf_counter()
         for _ in range(20):
-            temporary = file.with_suffix(".new")
+            temporary = file.with_name(file.name + ".new")
             temporary.write_text("x" * 300)
             os.replace(temporary, file)
         return write_s, read_s, (time.perf_counter() - start) / 20
