@@ -32,6 +32,16 @@ class DecodeTimeout(MediaError):
     """Reading one media file took longer than its wall-clock limit."""
 
 
+def describe_failure(error: Exception) -> dict:
+    """What a worker answers for a file that it could not read: {"error": reason, "final": whether a second try would say the same}.
+
+    Any exception: one strange file must not end a run of days, and whoever lists the reasons shows this one by its name.
+    """
+    if isinstance(error, MediaError):
+        return {"error": str(error), "final": not isinstance(error, (DecodeTimeout, MediaUnreadable))}
+    return {"error": f"cannot be read ({type(error).__name__}: {error})", "final": False}
+
+
 @dataclass(frozen=True)
 class MediaLimits:
     """What is refused before memory is spent on it.

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megatron_longvila.data.media import DecodeTimeout, MediaError, MediaLimits, MediaUnreadable, frame_files, open_source, resolve_below
+from megatron_longvila.data.media import MediaError, MediaLimits, describe_failure, frame_files, open_source, resolve_below
 from megatron_longvila.data.output import Journal, PreprocessError, Progress, Stored, output_folder, plan_shards, write_dataset
 from megatron_longvila.data.rows import MediaReference, Row, RowError, read_rows
 from megatron_longvila.data.shards import VERSION, Media, canonical_json
@@ -170,12 +170,8 @@ def look(task: _LookTask) -> dict:
         facts = probe(file.real, fps=file.fps, timeout_s=task.timeout_s, limits=task.limits)
         paths = frame_files(file.real) if facts.kind == "frames" else [file.real]
         members = [_hash_file(str(path), task.limits) for path in paths]
-    except (DecodeTimeout, MediaUnreadable) as error:
-        return {"error": str(error), "final": False}
-    except MediaError as error:
-        return {"error": str(error), "final": True}
-    except Exception as error:  # one strange file must not end a run of days; the report shows it with the exception's name
-        return {"error": f"cannot be read ({type(error).__name__}: {error})", "final": False}
+    except Exception as error:
+        return describe_failure(error)
     sha256 = members[0][0]
     if facts.kind == "frames":  # the rate belongs to the identity: the same pictures at another rate are another video
         sha256 = hashlib.sha256("\n".join([f"frames {facts.fps!r}", *(member[0] for member in members)]).encode()).hexdigest()

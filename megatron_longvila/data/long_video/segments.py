@@ -18,10 +18,9 @@ from megatron_longvila.data.long_video.records import WorkError, fail_stage, wri
 from megatron_longvila.data.media import (
     DEFAULT_LIMITS,
     Deadline,
-    DecodeTimeout,
     MediaError,
     MediaLimits,
-    MediaUnreadable,
+    describe_failure,
     natural_key,
     open_source,
     resolve_below,
@@ -154,12 +153,8 @@ def look(task: _Task) -> dict:
         clips = cut_clips(times_s_F, plan_boundaries(duration_s, options.clip_s, cuts_s))
         with open_source(task.path, options.limits) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except (DecodeTimeout, MediaUnreadable) as error:
-        return {"error": str(error), "final": False}
-    except MediaError as error:
-        return {"error": str(error), "final": True}
-    except Exception as error:  # one strange file must not end a run of days; the rejects show it with the exception's name
-        return {"error": f"cannot be read ({type(error).__name__}: {error})", "final": False}
+    except Exception as error:
+        return describe_failure(error)
     facts = {"duration_s": round(duration_s, 3), "num_frames": len(times_s_F), "width": width, "height": height, "codec": codec}
     if options.boundaries == "shots":
         facts["num_shots"] = len(cuts_s) + 1
