@@ -22,10 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
-SETS = ("images", "albums", "quizzes", "stories", "short", "long-512", "long-1536", "long-6000")
+SETS = ("images", "albums", "quizzes", "stories", "notes", "short", "long-512", "long-1536", "long-6000")
 DATA = {
     "tower": ("images", "quizzes"),
-    "language_model": ("stories", "passages-128"),
+    "language_model": ("stories", "notes", "passages-128"),
     "alignment": ("images",),
     "pretraining": ("images", "albums", "quizzes"),
     "short_sft": ("short",),
