@@ -55,11 +55,15 @@ def test_world(tmp_path):
         "images": 8, "stories": 4, "short": 3, "long-512": 1,
     }  # fmt: skip
     assert sorted(rows) == sorted(
-        [*world.VIDEOS, "images", "albums", "quizzes", "stories", *(f"passages-{length}" for length in world.PASSAGES)]
+        [*world.VIDEOS, "images", "albums", "quizzes", "stories", "notes", *(f"passages-{length}" for length in world.PASSAGES)]
     )
     for quiz in rows["quizzes"]:
         asked = [turn["value"].split()[-2] for turn in quiz["conversations"] if turn["from"] == "human"]
         assert 1 < len(set(asked)) == len(asked) == len(quiz["images"])  # one card of a colour, each asked for once
+    for note in rows["notes"]:  # what is answered stands in the text
+        text, *turns = [turn["value"] for turn in note["conversations"]]
+        asked = [question.split()[-2] for question in (text, *turns[1::2])]
+        assert turns[::2] == [f"{colour} {text.split(f'the {colour} card says ')[1].split()[0]} ." for colour in asked]
     facts = probe(tmp_path / "media" / rows["long-6000"][0]["video"])
     assert 1500 <= facts.num_frames <= 6000 and (facts.width, facts.height) == (112, 112)
     assert probe(tmp_path / "needles/haystack.mp4").num_frames == 9
