@@ -148,7 +148,7 @@ class ScriptedServer:
         elif fault == "error_object":
             self._send(handler, 200, json.dumps({"error": {"message": f"overloaded, {key}"}}).encode())
         elif fault == "no_text":
-            self._send(handler, 200, json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}).encode())
+            self._send(handler, 200, json.dumps({"choices": [{"message": {"content": {"text": 5}}, "finish_reason": "stop"}]}).encode())
         handler.close_connection = True  # "dead" says nothing at all
 
     def _send(self, handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict | None = None) -> None:

@@ -132,7 +132,7 @@ def _service(arguments: argparse.Namespace, stage: str) -> Service:
     prompt = load_prompt(arguments.prompt or PROMPTS / f"{stage}_v1.md", stage)
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.max_tokens, arguments.seed)
     asker = Asker(arguments.model, prompt, sampling, arguments.max_answers, arguments.concurrency, arguments.limit_field)
-    return Service(endpoint, asker, Prices(arguments.price_prompt, arguments.price_completion), _bar)
+    return Service(endpoint, asker, Prices(arguments.price_prompt, arguments.price_completion), _bar, arguments.give_up)
 
 
 def _key(variable: str | None) -> str | None:
@@ -227,6 +227,7 @@ def _add_endpoint(add, max_tokens: int = Sampling().max_tokens) -> None:
     add("requests_per_minute", type=_above_zero, metavar="N", help="of all of them together [no limit]")
     add("timeout_s", type=_above_zero, default=120.0, metavar="S", help="for one try, up to the last byte [%(default)s]")
     add("max_tries", type=_positive, default=6, metavar="N", help="tries of a request before it is left for the next run [%(default)s]")
+    add("give_up", action="store_true", help="refuse what got no answer in all tries, and finish without it")
     add("backoff_s", type=_above_zero, default=1.0, metavar="S", help="wait before the second try; doubles up to a minute [%(default)s]")
     add("price_prompt", type=float, default=0.0, metavar="USD", help="for a million tokens [%(default)s]")
     add("price_completion", type=float, default=0.0, metavar="USD", help="for a million tokens [%(default)s]")
@@ -236,8 +237,9 @@ def _add_finishing(stages) -> None:
     limits = FilterOptions()
     add = _stage(stages, "filter", _filter, "Refuse what breaks a rule: form, refusals, marks, length, language, spans, leaks, duplicates.")
     add("language", default=limits.language, metavar="CODE", help="two letters, or `any` [%(default)s]")
+    parts = "[%(default)s]; in scripts without spaces every character is one"
     for name in ("min_question_words", "max_question_words", "max_answer_words", "min_summary_words", "max_summary_words"):
-        add(name, type=_positive, default=getattr(limits, name), metavar="N", help="[%(default)s]")
+        add(name, type=_positive, default=getattr(limits, name), metavar="N", help=parts)
     add("max_similarity", type=_above_zero, default=limits.max_similarity, metavar="X", help="shared word triples, 0 to 1 [%(default)s]")
     add = _stage(stages, "export", _export, "Write the rows that preprocess_video.py reads.")
     add(

@@ -12,8 +12,11 @@ _FENCE = re.compile(r"\A```[a-zA-Z]*\s*\n(.*)\n\s*```\s*\Z", re.DOTALL)
 # A model that declines says so of itself, and first; people in a film and writing on a wall may say the same later.
 _DECLINES = re.compile(
     r"\W*((i('m| am) )?(very |so )?(sorry|afraid)\b[\w\s]{0,20}?\W+|(my )?apologies\W+|i apologi[sz]e\b|unfortunately\W+){0,2}"
-    r"(but )?(as an ai\b|as a (large )?language model|i('m| am) (sorry|unable|not able)\b|i apologi[sz]e\b|i (cannot|can't|can not|won't)\b"
-    r"|unable to (determine|answer|provide|assist|see))",
+    r"(but )?(as an ai\b|as a (large )?language model|i('m| am) (sorry|unable|not able|not sure)\b|i apologi[sz]e\b"
+    r"|i (cannot|can't|can not|won't|don't know|do not know|don't have|do not have)\b"
+    r"|i('m| am) (just |only )?an? (ai|(large )?language model)\b"
+    r"|unable to (determine|answer|provide|assist|see)|it('s| is) (not possible|impossible) to (determine|answer|say|tell|know)\b"
+    r"|(unknown|n/?a|not (available|applicable|specified|mentioned|known|enough information))\W*\Z)",
     re.IGNORECASE,
 )
 _UNKNOWN = re.compile(
@@ -21,6 +24,11 @@ _UNKNOWN = re.compile(
     r"|(is|are) not (mentioned|specified|stated|provided) in|no information (is|about|on)|not enough information)",
     re.IGNORECASE,
 )
+# What a model thinks before it answers; some templates open the thought in the prompt, so that only its end is seen.
+_THOUGHT = re.compile(r"\A.*</think(ing)?>", re.DOTALL | re.IGNORECASE)
+_THINKING = re.compile(r"\A\s*<think(ing)?>", re.IGNORECASE)
+MARKS = re.compile(r"<(image|video|vila/\w+)>|<\|\w+\|>|</?think(ing)?>", re.IGNORECASE)
+"""What would be read as media or control tokens."""
 _QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d|(?<!\w)'.{0,500}?'(?!\w)", re.DOTALL)
 
 
@@ -31,8 +39,10 @@ def is_refusal(text: str) -> bool:
 
 
 def parse_caption(text: str) -> str:
-    """A caption as one paragraph. Raises AnswerError for a refusal or text without a letter."""
-    caption = " ".join(text.split())
+    """A caption as one paragraph, without the thoughts before it. Raises AnswerError for a refusal, marks or text without a letter."""
+    caption = " ".join(_without_thought(text).split())
+    if MARKS.search(caption):
+        raise AnswerError("holds a mark that stands for media or control")
     if is_refusal(caption):
         raise AnswerError("is a refusal")
     if not any(character.isalpha() for character in caption):
@@ -86,7 +96,15 @@ def read_question(value: dict) -> dict:
     return record
 
 
+def _without_thought(text: str) -> str:
+    answer = _THOUGHT.sub("", text)
+    if _THINKING.match(answer):
+        raise AnswerError("ends before the model has thought to the end")
+    return answer
+
+
 def _parse_json(text: str) -> object:
+    text = _without_thought(text)
     fenced = _FENCE.match(text.strip())
     try:
         return json.loads(fenced[1] if fenced else text)

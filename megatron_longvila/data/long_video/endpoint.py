@@ -23,7 +23,9 @@ MAX_REPLY_BYTES = 16 << 20
 _SECRET_LENGTH = 16  # characters of a key that no answer holds by chance
 _MAX_HEADER_WAIT_S = 600.0
 _TRY_AGAIN = {408: "timeout", 409: "server_error", 425: "server_error", 429: "rate_limited"}
-_SETTINGS_WRONG = (301, 302, 303, 307, 308, 401, 402, 403, 404, 405)
+_SETTINGS_WRONG = (301, 302, 303, 307, 308, 401, 402, 404, 405)
+_FORBIDDEN = 403  # a wrong key; from some providers also one question that their filter does not like
+_FORBIDDEN_AT_MOST = 10  # in a row, once the key has proved good
 
 
 class EndpointError(RuntimeError):
@@ -119,10 +121,14 @@ class Gate:
 
 
 class Client:
-    """Asks an endpoint; used by many threads at once. `on_fault(kind, detail)` hears of every failed try, a refusal included."""
+    """Asks an endpoint; used by many threads at once. `on_fault(kind, detail)` hears of every failed try, a refusal included.
 
-    def __init__(self, endpoint: Endpoint, on_fault: Callable[[str, str], None]):
+    `proven`: the endpoint has answered before, in an earlier run.
+    """
+
+    def __init__(self, endpoint: Endpoint, on_fault: Callable[[str, str], None], proven: bool = False):
         self.endpoint = endpoint
+        self._forbidden = 0 if proven else _FORBIDDEN_AT_MOST  # how often in a row
         self.stop = threading.Event()
         self._on_fault = on_fault
         self._gate = Gate(endpoint.requests_per_minute, self.stop)
@@ -191,6 +197,10 @@ class Client:
             raise _Fault(_TRY_AGAIN.get(status, "server_error"), f"HTTP {status}: {excerpt}", _retry_after(headers.get("Retry-After")))
         if status in _SETTINGS_WRONG:
             raise EndpointUnusable(f"{self.endpoint.url} answers HTTP {status}: {excerpt}; check the address, the model's name and the key")
+        if status == _FORBIDDEN:
+            self._forbidden += 1
+            if self._forbidden > _FORBIDDEN_AT_MOST:
+                raise EndpointUnusable(f"{self.endpoint.url} answers HTTP 403 to everything: {excerpt}; check the key and what it may use")
         if status != 200:
             raise Refused(f"HTTP {status}: {excerpt}")
         try:
@@ -199,11 +209,12 @@ class Client:
             raise _Fault("not_json", f"the answer is cut or no JSON: {excerpt}") from None
         try:
             choice = answer["choices"][0]
-            text, finish_reason, model = choice["message"]["content"], choice.get("finish_reason"), answer.get("model")
+            text, finish_reason, model = _text(choice["message"]), choice.get("finish_reason"), answer.get("model")
         except (KeyError, IndexError, TypeError, AttributeError):
             raise _Fault("not_a_completion", f"the answer is no chat completion: {excerpt}") from None
         if not isinstance(text, str):
             raise _Fault("not_a_completion", f"the answer holds no text: {excerpt}")
+        self._forbidden = 0
         blot = self.redact if self.endpoint.key and len(self.endpoint.key) >= _SECRET_LENGTH else str
         return Reply(blot(text), blot(str(finish_reason)), blot(str(model)), _usage(answer.get("usage")))
 
@@ -229,6 +240,15 @@ class _Watchdog:
             yield
         finally:
             timer.cancel()
+
+
+def _text(message: dict) -> object:
+    """What a message says: its text, or that of its parts together. "" where a filter or the limit of tokens left none: that is an answer
+    too, and paid for."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type") == "text")
+    return "" if content is None else content
 
 
 def _usage(value: object) -> dict | None:

@@ -15,17 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_longvila.data.long_video.answers import is_refusal, read_question
+from megatron_longvila.data.long_video.answers import MARKS, is_refusal, read_question
 from megatron_longvila.data.long_video.asking import AnswerError
 from megatron_longvila.data.long_video.records import Groups, WorkError, read_stage, write_stage
 from megatron_longvila.data.output import Progress
 
 RULES = ("format", "refusal", "marks", "about_the_text", "length", "language", "span", "leak", "duplicate", "near_duplicate")
-_MARKS = re.compile(r"<(image|video|vila/\w+)>|<\|\w+\|>", re.IGNORECASE)  # would be read as media or control tokens
 _ABOUT_THE_TEXT = re.compile(
-    r"\b(according to|based on|in|from) the (captions?|descriptions?|lines?|transcript|segments?)\b", re.IGNORECASE
+    r"\b(according to|based on|in|from) the (captions?|descriptions?|lines?|transcript|segments?)\b"
+    r"|\b(captions|descriptions|transcripts?) (do|does|did)(n't|n\u2019t| not)\b",
+    re.IGNORECASE,
 )
-_WORD = re.compile(r"\w+")
+# Thai and Lao, Burmese, Khmer, kana, Chinese characters: nothing shows where a word ends, so that each character counts as one.
+_WITHOUT_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_WITHOUT_SPACES}]|[^\W{_WITHOUT_SPACES}]+")
 _SPAN_SLACK_S = 0.1  # prompts show seconds with one digit
 _NUM_HASHES, _BAND = 32, 2  # 16 bands of 2: texts of similarity 0.8 meet in a band with probability 1 - (1 - 0.64)^16 > 0.9999999
 _MIN_LETTERS = 12  # of a text whose language is judged; shorter ones are names and numbers
@@ -56,7 +59,7 @@ class _Broken(Exception):
 
 
 def normalise(text: str) -> str:
-    """Lower-case words without punctuation, one space apart, compatible characters made one."""
+    """Lower-case words (or characters, where a script writes no spaces) without punctuation, one space apart, compatible ones made one."""
     return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
@@ -140,7 +143,7 @@ class _Rules:
     def _check_text(self, text: str) -> None:
         if is_refusal(text):
             raise _Broken("refusal", "declines instead of answering")
-        if _MARKS.search(text):
+        if MARKS.search(text):
             raise _Broken("marks", "holds a mark that stands for media or control")
         if _ABOUT_THE_TEXT.search(text):
             raise _Broken("about_the_text", "speaks of the descriptions, which nobody sees")

@@ -5,7 +5,7 @@
     WORK/answers/faults.jsonl   every fault of an endpoint, one line each
     WORK/<stage>.jsonl          what the stage hands on, made from the answers alone, in the order of the input, replaced as a whole
     WORK/<stage>.rejects.jsonl  what it refused and why
-    WORK/<stage>.pending.jsonl  while it is unfinished: what the last run got no answer to, and why
+    WORK/<stage>.pending.jsonl  while it is unfinished: what the last run asked and got no answer to, and why
     WORK/<stage>.report.json    counts, and the hash of what it was made from
 
 A kill can only cut the last line of a log; that line is dropped on the next start. All else is a pure function of the logs and the

@@ -56,16 +56,23 @@ class Prices:
 
 @dataclass(frozen=True)
 class Service:
-    """What a stage asks with: the endpoint, who answers there, what it costs, and how progress is shown."""
+    """What a stage asks with: the endpoint, who answers there, what it costs, and how progress is shown.
+
+    `give_up`: a question that the endpoint fails in every try is refused, so that the stage can end without it; else it stays open.
+    """
 
     endpoint: Endpoint
     asker: Asker
     prices: Prices
     progress: Progress
+    give_up: bool = False
 
 
 Collect = Callable[[Question, object, dict], Iterable[dict]]
 """Records of one answered question: (question, value, origin)."""
+
+
+GIVEN_UP = "given up: "  # begins the reason of a reject that --give_up made
 
 
 class Incomplete(WorkError):
@@ -128,7 +135,7 @@ def _ask(plan: StagePlan, service: Service, store: AnswerStore, faults: FaultLog
     """The records in the order of the questions. Fills `tally` on the way and `report` at the end; raises as run_stage."""
     stored, asker = len(store), service.asker
     try:
-        with closing(ask_all(plan.questions, plan.parse, asker, store, Client(service.endpoint, faults))) as outcomes:
+        with closing(ask_all(plan.questions, plan.parse, asker, store, Client(service.endpoint, faults, proven=stored > 0))) as outcomes:
             for question, outcome in service.progress(outcomes, plan.total, plan.name):
                 tally.asked += 1
                 if isinstance(outcome, Answered):
@@ -137,9 +144,10 @@ def _ask(plan: StagePlan, service: Service, store: AnswerStore, faults: FaultLog
                         tally.records += 1
                         yield record
                 else:
-                    tally.declined += isinstance(outcome, Declined)
-                    kind = tally.pending if isinstance(outcome, Pending) else tally.rejects
-                    kind.append({"item": question.item, "reason": outcome.reason})
+                    given_up = service.give_up and isinstance(outcome, Pending) and outcome.endpoint_failed
+                    tally.declined += isinstance(outcome, Declined) or given_up
+                    kind = tally.pending if isinstance(outcome, Pending) and not given_up else tally.rejects
+                    kind.append({"item": question.item, "reason": f"{GIVEN_UP}{outcome.reason}" if given_up else outcome.reason})
     except EndpointUnusable as error:
         raise Incomplete(f"{error}; {len(store) - stored} new answers are stored and the same command goes on") from None
     except OSError as error:
@@ -163,7 +171,7 @@ def _check_complete(plan: StagePlan, tally: _Tally, faults: dict[str, int], new_
             f"({plan.name}.pending.jsonl)"
         )
     if tally.declined and not tally.answered:  # a wrong flag looks like this; one film that is too long does not
-        first = next(row for row in tally.rejects if row["reason"].startswith(DECLINED))
+        first = next(row for row in tally.rejects if row["reason"].startswith((DECLINED, GIVEN_UP)))
         raise Incomplete(
             f"no question was answered and {tally.declined} of {tally.asked} were refused, the first one: {first['item']}: "
             f"{first['reason']}; look at what the endpoint takes, and run the same command again"

@@ -216,6 +216,34 @@ def test_wrong_settings_end_the_run_at_once_and_the_key_is_not_shown(tmp_path, s
         assert len(server.requests) == 1 and KEY not in str(error.value) and "[key]" in str(error.value)
 
 
+def test_an_answer_without_text_is_an_answer_and_is_counted(tmp_path):
+    """A content filter, or a thought that takes all tokens, leaves no text: asked anew with other seeds, then given up, and paid for."""
+    said = {
+        "filtered": (None, "content_filter"),
+        "cut": (None, "length"),
+        "parts": [{"type": "text", "text": "It "}, {"type": "image_url"}, {"type": "text", "text": "rains."}],
+    }
+    with ScriptedServer(lambda _system, text, _pictures: said[text]) as server:
+        outcomes, counts, usage = run(tmp_path, server, questions(said))
+        assert [type(outcome) for _, outcome in outcomes] == [Useless, Useless, Answered]
+        assert outcomes[2][1].value == "It rains." and not counts
+        assert len(server.requests) == usage["answers"] == 3 + 3 + 1 and usage["completion_tokens"] == 7 * 7
+
+
+def test_a_key_that_has_proved_good_may_be_refused_one_question(tmp_path):
+    with ScriptedServer(echo, lambda digest, seen: "403" if server.requests[2:3] == [digest] else None) as server:
+        outcomes, counts, _ = run(tmp_path, server, questions("abcd"), who=asker(concurrency=1))
+        assert [type(outcome) for _, outcome in outcomes] == [Answered, Answered, Declined, Answered]
+        assert "HTTP 403" in outcomes[2][1].reason and KEY not in outcomes[2][1].reason and counts == {"refused": 1}
+    with ScriptedServer(echo, lambda digest, seen: "403") as server:
+        client = Client(Endpoint(server.url), lambda *_: None, proven=True)
+        for _ in range(10):
+            with pytest.raises(Refused):
+                client.complete({})
+        with pytest.raises(EndpointUnusable, match="403 to everything"):
+            client.complete({})
+
+
 def test_the_rate_is_kept_and_a_pause_holds_for_all(tmp_path):
     with ScriptedServer(echo) as server:
         run(tmp_path, server, questions(map(str, range(7))), requests_per_minute=1200)

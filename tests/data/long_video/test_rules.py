@@ -85,6 +85,10 @@ def test_files_that_are_no_prompts(tmp_path, text):
 
 def test_captions():
     assert parse_caption("  A dog\n\nruns. ") == "A dog runs."
+    assert parse_caption("<think>Is it a dog?\nYes.</think>\n\nA dog.") == parse_caption("It is.</think>A dog.") == "A dog."
+    for text in ("<think>Is it a", "</think>", "A dog.<|im_end|>", "<image> A dog.", "A <think> dog"):
+        with pytest.raises(AnswerError):
+            parse_caption(text)
     for text in ("I'm sorry, but I can't help", "As an AI, I see", "...", "Damage \ufffd", "half \ud800 pair"):
         with pytest.raises(AnswerError):
             parse_caption(text)
@@ -94,6 +98,15 @@ def test_captions():
     ("text", "refusal"),
     [
         ("I'm sorry, but I can't help with that.", True),
+        ("I don\u2019t know.", True),
+        ("Unknown", True),
+        ("N/A.", True),
+        ("I do not have enough context to answer.", True),
+        ("I'm just an AI and cannot view videos.", True),
+        ("It is not possible to determine the colour from the descriptions.", True),
+        ("An unknown man enters.", False),
+        ("Unknown Pleasures is written on his shirt.", False),
+        ("It is not possible to open the door.", False),
         ("Sorry, I cannot see the video.", True),
         ("Unfortunately, I am unable to see the frames.", True),
         ("I apologize, but the frames are black.", True),
@@ -119,6 +132,7 @@ def test_refusals(text, refusal):
 def test_summaries():
     expected = {"summary": "All.", "domain": "Pets & Animals"}
     assert parse_summary('{"summary": "All.", "domain": " pets &  ANIMALS"}') == expected
+    assert parse_summary('<think>{Pets?}</think>{"summary": "All.", "domain": "Pets & Animals"}') == expected
     assert parse_summary('```json\n{"summary": "All.", "domain": "Pets & Animals"}\n```') == expected
     for text in (
         "",
@@ -179,6 +193,11 @@ def test_near_duplicates_are_found_among_thousands_and_only_they():
 
 def test_normal_form():
     assert normalise("  The CAFE\u0301, \uff11 time?! ") == "the caf\u00e9 1 time"
+
+
+def test_characters_count_where_a_script_writes_no_spaces():
+    assert normalise("\u5973\u4eba\u62ff\u7740 a red \u4f1e\uff1f") == "\u5973 \u4eba \u62ff \u7740 a red \u4f1e"
+    assert normalise("\u0e41\u0e21\u0e27 2") == "\u0e41 \u0e21 \u0e27 2" and normalise("na\u00efve caf\u00e9") == "na\u00efve caf\u00e9"
 
 
 def test_languages():

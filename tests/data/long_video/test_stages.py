@@ -44,6 +44,21 @@ def test_an_open_stage_says_so_and_the_next_one_does_not_run(tmp_path, capsys):
         assert len(server.requests) == before + 1 + 1 + 2  # the new clip, the new summary, questions of both
 
 
+def test_what_gets_no_answer_is_given_up_if_the_user_says_so(tmp_path, capsys):
+    root, work = tmp_path / "videos", tmp_path / "work"
+    make_film(root / "a.mp4", [Scene("red", 30)])
+    with ScriptedServer(fault=lambda digest, seen: "500") as server:
+        build(work, root, server.url, ["segment"])
+        flags = [*words("caption", work, root, server.url), "--max_tries", "2", "--give_up"]
+        assert TOOL.main(flags) == 3 and "no question was answered and 3 of 3" in capsys.readouterr().err
+        server.fault = lambda digest, seen: "500" if digest == server.requests[0] else None
+        assert TOOL.main(flags) == 0
+        (reject,) = read_lines(work / "caption.rejects.jsonl")
+        assert reject["reason"].startswith("given up: no answer in 2 tries, the last one: server_error: HTTP 500")
+        assert len(read_lines(work / "caption.jsonl")) == 2 and not (work / "caption.pending.jsonl").exists()
+        build(work, root, server.url, ["summarize"])
+
+
 def test_a_video_that_the_endpoint_refuses_is_a_reject_and_the_others_go_on(tmp_path, capsys):
     root, work = tmp_path / "videos", tmp_path / "work"
     for number, name in enumerate("ab"):
