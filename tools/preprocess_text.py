@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
 
-    from megatron_longvila.data.preprocess_text import Options, PreprocessError, preprocess_text  # seconds: megatron comes with it
+    from megatron_longvila.data.preprocess_text import Options, PreprocessError, preprocess_text
 
     given = vars(arguments)
     options = Options(inputs=tuple(given.pop("input")), **given)

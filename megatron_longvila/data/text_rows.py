@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from megatron_longvila.data.conversation import Encoded
+from megatron_longvila.data.indexed import IndexedWriter
 from megatron_longvila.data.media import DEFAULT_LIMITS
 from megatron_longvila.parallel.plan import IGNORE_INDEX
 
@@ -164,17 +165,13 @@ def cut_rows(pieces: Iterable[np.ndarray], row_length: int) -> Iterator[list[np.
 
 def write_rows(folder: Path, rows: Iterable[list[np.ndarray]], dtype: type) -> tuple[int, int, dict[str, int]]:
     """Write rows.bin and rows.idx under temporary names, then put them in place. Returns rows, pieces and the files' sizes."""
-    from megatron_longvila.platform import mcore  # noqa: F401
-
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # isort: skip
-
     partial = {name: folder / f"{name}.tmp" for name in ("rows.bin", "rows.idx")}
-    builder = IndexedDatasetBuilder(str(partial["rows.bin"]), dtype=dtype)
+    writer = IndexedWriter(partial["rows.bin"], dtype)
     num_rows = num_pieces = 0
     for row in rows:
-        builder.add_document(np.concatenate(row), [len(piece) for piece in row])
+        writer.add_document(np.concatenate(row), [len(piece) for piece in row])
         num_rows, num_pieces = num_rows + 1, num_pieces + len(row)
-    builder.finalize(str(partial["rows.idx"]))
+    writer.finish(partial["rows.idx"])
     for name, path in partial.items():
         os.replace(path, folder / name)
     return num_rows, num_pieces, {name: (folder / name).stat().st_size for name in partial}

@@ -1,6 +1,6 @@
 """Pieces of input files to parts: token ids in Megatron's indexed format, one document after the other, each with its end token.
 
-DIR/<key>.bin, .idx   one document per sequence, as megatron-core writes and reads them
+DIR/<key>.bin, .idx   one document per sequence (indexed.py)
 DIR/<key>.json        PartFacts; written last: without it the part is not finished
 
 The key is a hash of the piece, the tokenizer and the settings, so a part is what it is under any number of workers and in any run.
@@ -21,12 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_longvila.data.documents import Document, Piece, Refused, changed, count_lines, read_documents
+from megatron_longvila.data.indexed import IndexedWriter, read_lengths, token_dtype
 from megatron_longvila.data.output import write_atomically
 from megatron_longvila.data.shards import canonical_json
 from megatron_longvila.data.text import Tokenizer, load_tokenizer
-from megatron_longvila.platform import mcore  # noqa: F401  (imported first: its fixes)
-
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder  # isort: skip
 
 VERSION = 1
 _BATCH_DOCUMENTS = 64
@@ -90,8 +88,7 @@ def tokenise(task: TokenTask) -> bool:
     tokenizer = _load(task.tokenizer)
     target = Path(task.folder, task.key)
     partial = target.with_name(f"{target.name}.tmp")
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=dtype)
+    writer = IndexedWriter(Path(f"{partial}.bin"), token_dtype(tokenizer.vocab_size))
     sources: dict[str, int] = {}
     source_of: list[int] = []
     refused: list[Refused] = []
@@ -105,10 +102,10 @@ def tokenise(task: TokenTask) -> bool:
             if len(refused) < MAX_LISTED:
                 refused.append(ids)
             continue
-        builder.add_document(ids, [len(ids)])
+        writer.add_document(ids, [len(ids)])
         source_of.append(sources.setdefault(one.source, len(sources)))
         largest, num_tokens = max(largest, int(ids.max())), num_tokens + len(ids)
-    builder.finalize(f"{partial}.idx")
+    writer.finish(Path(f"{partial}.idx"))
     num_lines = count_lines(task.piece) if task.piece.stop < task.piece.size else 0
     if changed(task.piece):
         for suffix in (".bin", ".idx"):
@@ -177,9 +174,8 @@ class Documents:
         )
         lengths, self.dtype = [], np.int32
         for key, _ in filled:
-            index = IndexedDataset(str(folder / key), mmap=True)
-            lengths.append(index.sequence_lengths.copy())
-            self.dtype = index.index.dtype
+            found, self.dtype = read_lengths(folder / f"{key}.idx")
+            lengths.append(found)
         self.lengths = np.concatenate(empty + lengths)
         self._first = np.cumsum([0, *(part.num_documents for _, part in filled)])
         ends = [np.cumsum(one, dtype=np.int64) for one in lengths]
