@@ -131,8 +131,11 @@ def _encoded(
             encoded = (_encode(tokenizer, document) for document in documents)
         for one in batch:
             ids = one if isinstance(one, Refused) else next(encoded)
-            if isinstance(ids, list):
-                ids = np.array(ids if end_id is None else [*ids, end_id]) if ids else Refused(one.line, "no tokens")
+            if ids == []:
+                ids = Refused(one.line, "no tokens")
+            elif isinstance(ids, list):
+                ids = ids if end_id is None else [*ids, end_id]
+                ids = np.fromiter(ids, np.int64, len(ids))  # np.array takes half as long again
             yield one, ids
 
 
