@@ -5,10 +5,9 @@
     RUN/failures/rank_00003.json      the exception that ended it: type, message, traceback, and its last beat
     RUN/failures/seen_00003.json      written by `watch.py` about a rank that cannot speak any more: killed, stopped, stuck
 
-A beat is one small file replaced in one step, once per optimizer step: median 0.1 ms in memory, 0.4 ms on a busy local disk (`doctor` says
-what the disk of a run takes). The stacks come from a thread of the
-rank itself, so they need no debugger and no rights; a rank that is stopped or stuck in native code cannot run that thread, and `watch.py`
-looks at it from outside.
+A beat is one small file replaced in one step: median 0.1 ms in memory, 0.4 ms on a busy local disk (`doctor` says what the disk of a run
+takes). The stacks come from a thread of the rank itself, so they need no debugger and no rights; a rank that is stopped or stuck in native
+code cannot run that thread, and `watch.py` looks at it from outside.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,21 @@ def write_record(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(values))
     os.replace(temporary, path)
+
+
+@dataclass
+class Stall:
+    """What the thread of a rank remembers between two looks.
+
+    Attributes:
+        beat: the last one it saw.
+        place: where the rank waits and how many collectives it had begun; None while it goes on.
+        since_s: since when it is there, Unix time.
+    """
+
+    beat: dict[str, Any]
+    place: tuple[str | None, int] | None = None
+    since_s: float = 0.0
 
 
 class Pulse:
@@ -138,24 +153,32 @@ class Pulse:
 
     def _watch_stalls(self, interval_s: float) -> None:
         """Body of the thread: between two looks without a beat in between the rank has stalled."""
-        seen, place, since_s = self.last, None, 0.0
-        path = record_path(self.run_dir, "stall", self.rank)
+        stall = Stall(self.last)
         while not self._ended.wait(interval_s):
-            if self.last is not seen:
-                if place is not None:
-                    path.unlink(missing_ok=True)
-                seen, place = self.last, None
-                continue
-            stacks = thread_stacks()
-            waits_in = next(filter(None, map(describe_wait, stacks.values())), None)
-            if place != (waits_in, self.progress()):
-                place, since_s = (waits_in, self.progress()), time.time()
-            text = "\n".join(f"{name}:\n{''.join(stack.format())}" for name, stack in stacks.items())
-            record = self._stamp() | {"waits_in": waits_in, "since_s": since_s, "stack": text, "beat": seen}
             try:
-                write_record(path, record)
-            except OSError as error:
-                logger.warning("the stacks of rank %d cannot be written (%s):\n%s", self.rank, error, text)
+                self._look(stall)
+            except Exception:  # it looks into a process at work: one failed look must not be the last
+                logger.warning("rank %d could not look at itself", self.rank, exc_info=True)
+
+    def _look(self, stall: Stall) -> None:
+        """Write the stacks if there was no beat since the last look, forget them if there was one."""
+        path = record_path(self.run_dir, "stall", self.rank)
+        if self.last is not stall.beat:
+            if stall.place is not None:
+                path.unlink(missing_ok=True)
+            stall.beat, stall.place = self.last, None
+            return
+        stacks = thread_stacks()
+        waits_in = next(filter(None, map(describe_wait, stacks.values())), None)
+        place = (waits_in, self.progress())
+        if stall.place != place:
+            stall.place, stall.since_s = place, time.time()
+        text = "\n".join(f"{name}:\n{''.join(stack.format())}" for name, stack in stacks.items())
+        record = self._stamp() | {"waits_in": waits_in, "since_s": stall.since_s, "stack": text, "beat": stall.beat}
+        try:
+            write_record(path, record)
+        except OSError as error:
+            logger.warning("the stacks of rank %d cannot be written (%s):\n%s", self.rank, error, text)
 
 
 def thread_stacks() -> dict[str, traceback.StackSummary]:

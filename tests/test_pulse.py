@@ -69,6 +69,25 @@ def test_a_stall_is_written_and_forgotten(tmp_path: Path) -> None:
     pulse.end()
 
 
+def test_a_look_that_fails_is_not_the_last(tmp_path: Path, caplog) -> None:
+    pulse = Pulse(tmp_path, 0)
+    answers = iter([RuntimeError("dictionary changed size during iteration")])
+
+    def progress() -> int:
+        for error in answers:
+            raise error
+        return 7
+
+    pulse.progress = progress
+    thread = threading.Thread(target=pulse._watch_stalls, args=(0.02,))
+    with caplog.at_level(logging.WARNING, "megatron_longvila"):
+        thread.start()
+        wait_for(lambda: read_records(tmp_path, "stall"))
+    assert "could not look at itself" in caplog.messages[0] and "changed size" in caplog.text
+    pulse.end()
+    thread.join()
+
+
 def frames(*places: tuple[str, str, str]) -> traceback.StackSummary:
     return traceback.StackSummary.from_list([(file, 10 + number, name, line) for number, (file, name, line) in enumerate(places)])
 

@@ -69,7 +69,8 @@ def shutdown_distributed() -> None:
 
 def collectives_begun() -> int:
     """Collectives that this rank has begun so far on all its groups: two waits with different numbers are different waits."""
-    return sum(group._get_sequence_number_for_group() for group in dist.distributed_c10d._world.pg_map)
+    groups = list(dist.distributed_c10d._world.pg_map)  # at once: another thread may be making groups
+    return sum(group._get_sequence_number_for_group() for group in groups)
 
 
 def synchronize() -> None:
