@@ -89,12 +89,24 @@ def take_pulse(config: Config, local_world_size: int) -> Pulse:
     return pulse
 
 
+def hold_requests() -> None:
+    """Let a request to stop wait until training can follow it.
+
+    SIGTERM is held where a launcher has it ignored (a batch script does that, so that torchrun does not end its ranks): it is a request
+    there, and would be lost. Elsewhere it goes on ending a program that has nothing to save yet.
+    """
+    held = {signal.SIGUSR1}
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+        held.add(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, train. A configuration error is one line on stderr and exit code 1."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     gpus_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     start_logging(int(os.environ.get("RANK", "0")))  # before the mesh is chosen, which says why
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # a request to stop waits until training can follow it
+    hold_requests()
     try:
         config = configure(sys.argv[1:] if argv is None else argv, world_size=world_size, gpus_per_host=gpus_per_host)
         check_device(config)

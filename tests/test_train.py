@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,22 @@ def test_other_ranks_leave_a_mistake_to_the_first_one():
         other.wait(timeout=2)
     other.terminate()
     assert other.communicate(timeout=60)[1] == ""
+
+
+HELD = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, signal.Handlers[sys.argv[1]])
+from megatron_longvila.train import hold_requests
+hold_requests()
+os.kill(os.getpid(), signal.SIGTERM)
+from megatron_longvila.training.stopping import StopSignal
+with StopSignal() as stop:
+    print(stop.requested)
+print(signal.sigpending())
+"""
+
+
+@pytest.mark.parametrize(("handler", "status", "said"), [("SIG_IGN", 0, "True\nset()\n"), ("SIG_DFL", -signal.SIGTERM, "")])
+def test_a_request_to_stop_by_sigterm_waits_where_a_launcher_ignores_it(handler: str, status: int, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HELD, handler], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, said), done.stderr
