@@ -80,7 +80,10 @@ def diagnose(run_dir: Path, since_s: float, exit_status: int | None = None, log:
             causes.append(describe_seen(rank, record, signals))
     if not causes:
         silent = {rank: beat for rank, beat in beats.items() if rank not in failures and beat["phase"] != ENDED}
-        causes = [describe_silent(rank, beat, signals) for rank, beat in silent.items()]
+        spoke = {beats[rank]["host"] for rank in failures if rank in beats}
+        alone = len({beat["host"] for beat in beats.values()}) == 1
+        killed = bool(spoke) or (alone and exit_status is not None and exit_status > 128)  # the launcher too, and with it what watched
+        causes = [describe_silent(rank, beat, signals, killed and beat["host"] not in spoke) for rank, beat in silent.items()]
     if not causes and failures:
         causes = [describe_exception(rank, record) for rank, record in failures.items()]
     if not causes:
@@ -130,11 +133,17 @@ def describe_seen(rank: int, record: dict[str, Any], signals: dict[int, int]) ->
     return Cause(record["time_s"], rank, record["cause"] == "stuck", restartable, record["host"], what, "\n".join(details))
 
 
-def describe_silent(rank: int, beat: dict[str, Any], signals: dict[int, int]) -> Cause:
-    """A rank that stopped beating and of which nobody saw the end: killed with its watcher, or with its host."""
+def describe_silent(rank: int, beat: dict[str, Any], signals: dict[int, int], host_is_silent: bool) -> Cause:
+    """A rank that stopped beating and of which nobody saw the end.
+
+    A signal in the launcher's log, or a host of which no rank said anything while those of others lost touch (or, the only host, while its
+    launcher ended by a signal), make it a loss. Else it may have ended in any way, also in one that a new start would repeat.
+    """
     number = signals.get(beat["pid"])
-    what = name_signal(number) if number else "went silent: killed together with what watched it, or its host was lost"
-    return Cause(beat["time_s"], rank, False, True, beat["host"], what, describe_beat(beat))
+    what = name_signal(number) if number else "went silent: nobody saw a signal, and it recorded no exception; see the job's log"
+    if host_is_silent and not number:
+        what = "went silent with its host: the host was lost, or everything on it was killed"
+    return Cause(beat["time_s"], rank, False, bool(number) or host_is_silent, beat["host"], what, describe_beat(beat))
 
 
 def describe_beat(beat: dict[str, Any]) -> str:

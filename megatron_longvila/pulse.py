@@ -3,6 +3,7 @@
     RUN/heartbeats/rank_00003.json    the rank's last beat: step, phase, sample_ids, time_s, host, pid, parent_pid
     RUN/heartbeats/stall_00003.json   while it has not beaten for a while: the stacks of its threads and the collective it waits in
     RUN/failures/rank_00003.json      the exception that ended it: type, message, traceback, and its last beat
+                                      (into room taken when the rank began: a full disk is what many failures are about)
     RUN/failures/seen_00003.json      written by `watch.py` about a rank that cannot speak any more: killed, stopped, stuck
 
 A beat is one small file replaced in one step: median 0.1 ms in memory, 0.4 ms on a busy local disk (`doctor` says what the disk of a run
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 HEARTBEATS, FAILURES = "heartbeats", "failures"
 ENDED = "ended"  # the phase of a rank that left as it should
 SAMPLES_PER_TIMEOUT = 32
+ROOM_BYTES = 64 << 10  # of a rank's failure record
 DEVICE_WAITS = (
     ".tolist()",
     ".item()",
@@ -71,6 +73,17 @@ def write_record(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(values))
     os.replace(temporary, path)
+
+
+def write_into_room(room: Path, path: Path, values: dict[str, Any]) -> None:
+    """Like `write_record`, into the blocks of the file `room`, which becomes the record. Of a long traceback the end is kept."""
+    while len(json.dumps(values)) > ROOM_BYTES and values["traceback"]:
+        values = values | {"traceback": values["traceback"][len(values["traceback"]) // 2 + 1 :]}
+    with open(room, "r+b") as stream:
+        stream.write(json.dumps(values).encode())
+        os.fsync(stream.fileno())
+        stream.truncate()
+    os.replace(room, path)
 
 
 @dataclass
@@ -115,6 +128,8 @@ class Pulse:
             path = record_path(run_dir, kind, rank)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
+        self._room = record_path(run_dir, "failure", rank).with_name(f".room_{rank:05d}")
+        self._room.write_bytes(b" " * ROOM_BYTES)
         self.beat(0, "start")
         if timeout_s is not None:
             thread = threading.Thread(target=self._watch_stalls, args=(timeout_s / SAMPLES_PER_TIMEOUT,), name="pulse", daemon=True)
@@ -137,16 +152,17 @@ class Pulse:
         """The rank leaves as it should."""
         self._ended.set()
         self.beat(self.last["step"], ENDED)
+        self._room.unlink(missing_ok=True)
 
     def fail(self, error: BaseException) -> None:
-        """Record what ends this rank. On a full disk the record is in the log alone."""
+        """Record what ends this rank, on a full disk too. Where the disk is gone altogether the record is in the log alone."""
         self._ended.set()
         values = self._stamp() | {"type": type(error).__name__, "message": str(error), "beat": self.last}
         values["traceback"] = "".join(traceback.format_exception(error))
         try:
-            write_record(record_path(self.run_dir, "failure", self.rank), values)
-        except OSError as full:
-            logger.error("the failure of rank %d cannot be recorded: %s\n%s", self.rank, full, values["traceback"])
+            write_into_room(self._room, record_path(self.run_dir, "failure", self.rank), values)
+        except OSError as gone:
+            logger.error("the failure of rank %d cannot be recorded: %s\n%s", self.rank, gone, values["traceback"])
 
     def _stamp(self) -> dict[str, Any]:
         return {"rank": self.rank, "host": self.host, "pid": os.getpid(), "time_s": time.time()}

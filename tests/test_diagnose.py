@@ -111,7 +111,25 @@ def test_silent_ranks_when_nobody_saw_their_end(write, tmp_path):
         failure(write, rank, *ECHO)
     code, text = diagnose(tmp_path, START_S)
     assert code == RESTARTABLE and text.startswith("host node1, rank 2: went silent")
-    assert "also host node1, rank 3: went silent" in text and "ranks 0-1 lost touch" in text
+    assert "also host node1, rank 3: went silent with its host" in text and "ranks 0-1 lost touch" in text
+
+
+@pytest.mark.parametrize("echoing", [(), (0, 1, 2)])
+def test_silence_alone_is_no_signal(echoing, write, tmp_path):
+    """A rank that could not write down what ended it, beside ranks of its host that could."""
+    for rank in echoing:
+        failure(write, rank, *ECHO)
+    code, text = diagnose(tmp_path, START_S, exit_status=1)
+    assert code == FINAL and text.startswith(f"host node{'1' if echoing else '0'}, rank {len(echoing)}: went silent: nobody saw a signal")
+    (tmp_path / "log").write_text(f"Signal 9 (SIGKILL) received by PID {100 + len(echoing)}\n")
+    assert diagnose(tmp_path, START_S, log=tmp_path / "log")[0] == RESTARTABLE
+
+
+@pytest.mark.parametrize(("status", "verdict"), [(137, RESTARTABLE), (1, FINAL)])
+def test_everything_on_the_only_host_is_killed(status, verdict, write, tmp_path):
+    for rank in (2, 3):
+        record_path(tmp_path, "beat", rank).unlink()
+    assert diagnose(tmp_path, START_S, exit_status=status)[0] == verdict
 
 
 def test_a_time_out_of_all_ranks_shows_where_they_waited(write, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longvila.pulse import Pulse, describe_wait, read_records, record_path, thread_stacks, write_record
+from megatron_longvila.pulse import ROOM_BYTES, Pulse, describe_wait, read_records, record_path, thread_stacks, write_record
 from megatron_longvila.watch import Watch, exit_status, is_running, process_state
 
 
@@ -40,7 +41,35 @@ def test_beats_and_failures(tmp_path: Path) -> None:
     assert 'raise KeyError("x")' in record["traceback"] and read_records(tmp_path, "failure", time.time() + 1) == {}
     Pulse(tmp_path, 3).end()  # the next run of this rank
     assert read_records(tmp_path, "failure") == {} and read_records(tmp_path, "beat")[3]["phase"] == "ended"
-    assert sorted(path.name for path in tmp_path.rglob("*.json")) == ["rank_00003.json"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["rank_00003.json"]
+
+
+def test_a_failure_on_a_full_disk_is_recorded(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small file system needs the right to mount one: {done.stderr.strip()}")
+    try:
+        pulse = Pulse(disk, 0)
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as stream:
+            while stream.write(b"x" * 4096):
+                pass
+        with pytest.raises(OSError, match="No space left"):
+            write_record(disk / "other.json", {"a": "b" * 100})
+        pulse.fail(OSError(errno.ENOSPC, "the checkpoint needs " + "\u00e9" * 2000))
+        record = read_records(disk, "failure")[0]
+        assert record["type"] == "OSError" and record["message"].endswith("\u00e9") and "the checkpoint needs" in record["traceback"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_of_a_long_traceback_the_end_is_kept(tmp_path: Path) -> None:
+    error = KeyError("x")
+    error.add_note("\n\u00e9" * ROOM_BYTES + "the end")
+    Pulse(tmp_path, 0).fail(error)
+    path = record_path(tmp_path, "failure", 0)
+    assert path.stat().st_size <= ROOM_BYTES and read_records(tmp_path, "failure")[0]["traceback"].endswith("the end\n")
 
 
 def test_a_beat_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog) -> None:
