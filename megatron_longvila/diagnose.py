@@ -30,10 +30,16 @@ MARKER = "interrupted"  # what a run leaves that stopped after a save
 LOG_TAIL_BYTES = 4 << 20
 # What ranks say when a peer has gone or does not come. The one that says it is not the cause.
 ECHOES = re.compile(
-    r"Connection (closed|reset|refused)|closed by peer|Broken pipe|[Tt]imed?[ -]?out|NCCL|ncclRemoteError|Socket|recvValue|sendBytes|"
-    r"read: errno|Gloo connectFullMesh|store.*(wait|get).*fail|peers? (has|have) (gone|left)"
+    r"Connection (closed|reset|refused)|closed by peer|Broken pipe|recvValue|sendBytes|read: errno|Gloo connectFullMesh|"
+    r"store.*(wait|get).*fail|peers? (has|have) (gone|left)|[Ss]ocket ([Tt]ime-?out|has timed out)|connect\(\) timed out|"
+    r"Timed out waiting \d+ ?ms|Timed out after \d+ seconds waiting for clients|[Ww]ait timeout after \d+ ?ms|Application timeout|"
+    r"ncclRemoteError|ncclSystemError|remote process exited|unhandled system error|NCCL communicator (was|has been) aborted|"
+    r"[Cc]ollective operation timeout|NCCL operations have failed or timed out|before timing out"
 )
-ECHO_TYPES = {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistError", "TimeoutError", "ConnectionError"}
+# A wrong call, or a full disk or /dev/shm, is the rank's own even where a library speaks of it in the same breath.
+OWN_FAULTS = re.compile(r"[Ii]nvalid ?([Uu]sage|[Aa]rgument)|No space left on device|Disk quota exceeded")
+ECHO_TYPES = {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistError", "TimeoutError", "CheckpointException"}
+BROKEN_PIPES = {"ConnectionError", "ConnectionResetError", "ConnectionAbortedError", "ConnectionRefusedError", "BrokenPipeError"}
 KILLED = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID (\d+)")  # torchrun about a rank
 
 
@@ -75,9 +81,13 @@ def diagnose(run_dir: Path, since_s: float, exit_status: int | None = None, log:
     signals = read_signals(log) if log is not None else {}
     own = {rank: record for rank, record in failures.items() if not is_echo(record)}
     causes = [describe_exception(rank, record) for rank, record in own.items()]
+    aborted = [rank for rank, record in seen.items() if gave_up_waiting(record, stalls.get(rank), signals)]
     for rank, record in seen.items():
-        if rank not in own and not (record["cause"] == "stuck" and rank in failures):  # one that could still speak was slow, not stuck
+        slow = record["cause"] == "stuck" and rank in failures  # not stuck: it could still speak
+        if rank not in own and not slow and rank not in aborted:
             causes.append(describe_seen(rank, record, signals))
+    if not causes:
+        causes = [describe_seen(rank, seen[rank], signals) for rank in aborted if rank not in failures]
     if not causes:
         silent = {rank: beat for rank, beat in beats.items() if rank not in failures and beat["phase"] != ENDED}
         spoke = {beats[rank]["host"] for rank in failures if rank in beats}
@@ -94,12 +104,21 @@ def diagnose(run_dir: Path, since_s: float, exit_status: int | None = None, log:
         return (FINAL if refused else UNKNOWN), text
     causes.sort(key=lambda cause: (cause.is_guess, cause.time_s))
     code = RESTARTABLE if causes[0].restartable else FINAL
-    return code, report(causes, failures, stalls)
+    return code, report(causes, failures.keys() | aborted, stalls)
 
 
 def is_echo(failure: dict[str, Any]) -> bool:
     """Whether an exception only says that a peer has gone or does not come."""
-    return failure["type"] in ECHO_TYPES and ECHOES.search(failure["message"]) is not None
+    kind, message = failure["type"], failure["message"]
+    if kind == "EOFError":  # of a pipe, not of a file that is cut short
+        return "multiprocessing/connection.py" in failure["traceback"]
+    return kind in BROKEN_PIPES or (kind in ECHO_TYPES and ECHOES.search(message) is not None and OWN_FAULTS.search(message) is None)
+
+
+def gave_up_waiting(record: dict[str, Any], stall: dict[str, Any] | None, signals: dict[int, int]) -> bool:
+    """Whether a lost rank was ended by NCCL's watchdog, which aborts a process that waits too long, without an exception."""
+    number = record["cause"] == "lost" and (record["signal"] or signals.get(record["pid"]))
+    return number == signal.SIGABRT and stall is not None and stall["waits_in"] is not None
 
 
 def read_signals(log: Path) -> dict[int, int]:
@@ -181,15 +200,19 @@ def name_signal(number: int | None) -> str:
     return f"killed by signal {number}" + (f" ({signal.Signals(number).name})" if known else "")
 
 
-def report(causes: Sequence[Cause], failures: dict[int, dict[str, Any]], stalls: dict[int, dict[str, Any]]) -> str:
-    """The first cause in full, the others by their first line, and where ranks waited if the first cause does not say so."""
+def report(causes: Sequence[Cause], ended: Iterable[int], stalls: dict[int, dict[str, Any]]) -> str:
+    """The first cause in full, the others by their first line, and where ranks waited if the first cause does not say so.
+
+    Args:
+        ended: ranks whose end is known; those that are no cause lost touch.
+    """
     first, *others = causes
     lines = [f"host {first.host}, rank {first.rank}: {first.what}", first.details]
     groups: dict[tuple[str, str], list[int]] = {}
     for cause in others:
         groups.setdefault((cause.host, cause.what), []).append(cause.rank)
     lines += [f"also host {host}, {name_ranks(ranks)}: {what}" for (host, what), ranks in groups.items()]
-    echoing = failures.keys() - {cause.rank for cause in causes}
+    echoing = set(ended) - {cause.rank for cause in causes}
     if echoing:
         lines.append(f"{name_ranks(echoing)} lost touch and ended because of it")
     if " waited in " not in first.details:

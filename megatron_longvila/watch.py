@@ -159,8 +159,9 @@ class Watch:
                     os.kill(one.pid, signal.SIGKILL)
 
     def job_has_failed(self) -> bool:
-        """Whether a rank has recorded an exception since this watch began."""
-        return bool(read_records(self.run_dir, "failure", self.began_s))
+        """Whether a rank has recorded an exception, or was lost, since this watch began. (NCCL's time-out aborts: no exception tells.)"""
+        seen = read_records(self.run_dir, "seen", self.began_s)
+        return bool(read_records(self.run_dir, "failure", self.began_s)) or any(one["cause"] == "lost" for one in seen.values())
 
     def name(self, one: Watched, waiting: list[dict[str, Any]], stall: dict[str, Any] | None) -> None:
         """Write down what can be seen of a rank for which the others wait."""

@@ -88,6 +88,24 @@ def test_a_stuck_rank(write, tmp_path):
     assert "  ranks 0-1, 3 waited in all_reduce at training/loop.py:9 in reduce for 60 s\nfit (loop.py:1)" in text
 
 
+def test_a_rank_that_nccl_aborts_while_it_waits_is_not_the_cause(write, tmp_path):
+    write("seen", 2, 8, cause="stuck", state="S (sleeping)", waiting=[], stack="sleeps (a.py:1)")
+    for rank, signal in ((0, 6), (1, None), (3, 6)):
+        write("seen", rank, 11 + rank, cause="lost", signal=signal, exit_code=0)
+        write("stall", rank, 9, waits_in="all_reduce at a.py:1 in f", since_s=START_S + 1, stack="")
+    (tmp_path / "log").write_text("Signal 6 (SIGABRT) received by PID 101")
+    code, text = diagnose(tmp_path, START_S, log=tmp_path / "log")
+    assert code == RESTARTABLE and text.startswith("host node1, rank 2: stuck, process state S (sleeping)")
+    assert (
+        "ranks 0-1, 3 lost touch and ended because of it" in text and "  ranks 0-1, 3 waited in all_reduce at a.py:1 in f for 8 s" in text
+    )
+    record_path(tmp_path, "seen", 2).unlink()  # nobody was late: they waited for each other
+    code, text = diagnose(tmp_path, START_S, log=tmp_path / "log")
+    assert code == RESTARTABLE and text.startswith("host node0, rank 0: killed by signal 6 (SIGABRT)")
+    write("stall", 3, 9, waits_in=None, since_s=START_S + 1, stack="")  # it aborted in its own work
+    assert diagnose(tmp_path, START_S, log=tmp_path / "log")[1].startswith("host node1, rank 3: killed by signal 6 (SIGABRT)")
+
+
 def test_an_exception_comes_before_what_was_only_guessed(write, tmp_path):
     write("seen", 2, 8, cause="stuck", state="S (sleeping)", waiting=[], stack="")
     failure(write, 0, *ECHO)
@@ -167,6 +185,18 @@ def test_nothing_found(write, tmp_path):
         ("DistBackendError", "NCCL error in: ProcessGroupNCCL.cpp:1, remote process exited or there was a network error", True),
         ("RuntimeError", "[0] Timed out waiting 16000ms for recv operation to complete", True),
         ("DistStoreError", "Timed out after 601 seconds waiting for clients. 3/4 clients joined.", True),
+        ("DistBackendError", "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(...) ran for 60 ms before timing out.", True),
+        ("DistStoreError", "wait timeout after 300000ms, keys: /0//cpu//1/0", True),
+        ("DistNetworkError", "The client socket has timed out after 60000ms while trying to connect to (10.0.0.1, 29500).", True),
+        ("ConnectionResetError", "[Errno 104] Connection reset by peer", True),
+        ("BrokenPipeError", "[Errno 32]", True),
+        ("CheckpointException", "ranks:dict_keys([1])\nTraceback\nRuntimeError: Connection closed by peer [127.0.0.1]:1", True),
+        ("CheckpointException", "ranks:dict_keys([1])\nOSError: [Errno 28] No space left on device; Connection closed by peer", False),
+        ("CheckpointException", "ranks:dict_keys([1])\nKeyError: 'x'", False),
+        ("DistBackendError", "NCCL error in: NCCLUtils.cpp:1, invalid usage (run with NCCL_DEBUG=WARN), ncclInvalidUsage: invalid", False),
+        ("DistBackendError", "NCCL error: unhandled system error, ncclSystemError: Error: /dev/shm/nccl: No space left on device", False),
+        ("RuntimeError", "Triton compile timed out after 60 s", False),
+        ("TimeoutError", "the file lock of cache/x was not free within 60 s", False),
         ("RuntimeError", "CUDA error: an illegal memory access was encountered", False),
         ("OutOfMemoryError", "CUDA out of memory", False),
         ("FloatingPointError", "step 3: the loss is not finite", False),
@@ -176,6 +206,11 @@ def test_nothing_found(write, tmp_path):
 )
 def test_echoes_of_a_peer(kind, message, echo):
     assert is_echo({"type": kind, "message": message}) is echo
+
+
+@pytest.mark.parametrize(("file", "echo"), [("multiprocessing/connection.py", True), ("pickle.py", False)])
+def test_an_end_of_file_is_an_echo_where_a_pipe_ends(file, echo):
+    assert is_echo({"type": "EOFError", "message": "", "traceback": f'  File "/usr/lib/python3.11/{file}", line 1, in f'}) is echo
 
 
 def test_names_of_ranks():

@@ -228,7 +228,8 @@ def test_the_watch_names_a_stopped_rank_and_then_ends_it(job) -> None:
     assert exit_status(stopped.pid) == signal.SIGKILL and is_running(waiting.pid)
 
 
-def test_the_watch_names_a_stuck_rank_takes_it_back_and_ends_it_when_the_job_falls(job) -> None:
+@pytest.mark.parametrize(("kind", "values"), [("failure", {}), ("seen", {"cause": "lost", "signal": 6, "exit_code": 0})])
+def test_the_watch_names_a_stuck_rank_takes_it_back_and_ends_it_when_the_job_falls(kind: str, values: dict, job) -> None:
     run_dir, (_, stuck) = job
     since_s = time.time()
 
@@ -243,7 +244,7 @@ def test_the_watch_names_a_stuck_rank_takes_it_back_and_ends_it_when_the_job_fal
     wait_for(lambda: not read_records(run_dir, "seen"))  # it went on
     wait_for(named)
     assert is_running(stuck.pid)
-    write_record(record_path(run_dir, "failure", 2), {"rank": 2, "time_s": time.time()})  # a peer's collective has timed out
+    write_record(record_path(run_dir, kind, 2), {"rank": 2, "time_s": time.time()} | values)  # a peer's collective has timed out
     wait_for(lambda: named() and not is_running(stuck.pid))
     assert exit_status(stuck.pid) == signal.SIGKILL
 
