@@ -15,25 +15,25 @@ fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=examples/slurm/front.sh
 source "$root/examples/slurm/front.sh"
-load_front_site
+load_front
 parse_front "$@"
-((${#rest[@]} >= 2)) || refuse "CHAIN and OUTPUT_DIR are missing"
-[[ $nodes =~ ^[1-9][0-9]*$ ]] || refuse "--nodes $nodes must be one number: the stages hand weights to each other"
+((${#rest[@]} >= 2)) || fail "CHAIN and OUTPUT_DIR are missing"
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes $nodes must be one number: the stages hand weights to each other"
 chain=(--chain "${rest[0]}" --output_dir "${rest[1]}" "${rest[@]:2}")
-stage=("$PYTHON" "$root/tools/slurm_stage.py" --nodes "$nodes" --ranks_per_node "$ranks" "${chain[@]}")
+stage=("${python[@]}" "$root/tools/slurm_stage.py" --nodes "$nodes" --ranks_per_node "$ranks" "${chain[@]}")
 "${stage[@]}" --plan
-mapfile -t names < <("${stage[@]}" --names)
+names=$("${stage[@]}" --names)
 jobs=()
 previous=""
-for name in "${names[@]}"; do
+while read -r name; do
   command=(sbatch --parsable --job-name="longvila-$name" ${previous:+--dependency="afterok:$previous"} ${previous:+--kill-on-invalid-dep=yes})
   command+=("${sbatch_words[@]}" "$root/examples/slurm/train.sbatch" "${chain[@]}" --stage "$name")
   show_command "${command[@]}"
   previous="<job of $name>"
   if [[ -z $dry_run ]]; then
-    previous=$("${command[@]}")
-    jobs+=("${previous%%;*}")
+    previous=$("${command[@]}") || fail "stage $name could not be submitted; jobs of the stages before, which go on: ${jobs[*]:-none}"
     previous=${previous%%;*}
+    jobs+=("$previous")
   fi
-done
+done <<<"$names"
 [[ -n $dry_run ]] || echo "jobs: ${jobs[*]}"

@@ -1,9 +1,9 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by the *.sbatch files, inside a job: the site's settings, where Python runs, and a step that hears signals.
+# Sourced by the *.sbatch files and agent.sh, inside a job, and by front.sh: the site's settings, where Python runs, and how to hear signals.
 #
 # Settings, from the environment or from site.sh beside this file (LONGVILA_SITE names another); README.md explains each:
-#   LONGVILA_PYTHON LONGVILA_RANKS_PER_NODE LONGVILA_CONTAINER LONGVILA_CONTAINER_RUNTIME LONGVILA_CONTAINER_MOUNTS LONGVILA_SRUN
-#   LONGVILA_MAX_RESTARTS LONGVILA_NODE_WAIT_S
+#   LONGVILA_PYTHON LONGVILA_SUBMIT_PYTHON LONGVILA_RANKS_PER_NODE LONGVILA_CPUS_PER_RANK LONGVILA_CONTAINER LONGVILA_CONTAINER_RUNTIME
+#   LONGVILA_CONTAINER_MOUNTS LONGVILA_SRUN LONGVILA_MAX_RESTARTS LONGVILA_NODE_WAIT_S
 
 say() { printf '[%(%F %T)T job %s start %s] %s\n' -1 "$SLURM_JOB_ID" "$((${SLURM_RESTART_COUNT:-0} + 1))" "$*"; }
 
@@ -12,20 +12,23 @@ fail() {
   exit 1
 }
 
-load_site() { # sets PYTHON, inside and step_options, exports what the agents read
-  local site=${LONGVILA_SITE:-$root/examples/slurm/site.sh}
+read_site() { # sets PYTHON and exports where the package is
+  local site=${LONGVILA_SITE:-$root/examples/slurm/site.sh} options=$-
   if [[ -e $site ]]; then
+    set +eu # `module load` and conda's activation use unset names
     # shellcheck source=/dev/null
     source "$site"
+    [[ $options != *e* ]] || set -e
+    [[ $options != *u* ]] || set -u
   elif [[ -n ${LONGVILA_SITE:-} ]]; then
     fail "LONGVILA_SITE=$site does not exist; correct the path, or unset it to use examples/slurm/site.sh"
   fi
   PYTHON=${LONGVILA_PYTHON:-python}
   export PYTHON PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} LONGVILA_ROOT=$root
-  inside=()       # in front of a command: where Python lives
-  step_options=() # of srun
-  read -ra step_options <<<"${LONGVILA_SRUN:-}"
-  [[ -n ${SLURM_CPUS_PER_TASK:-} ]] && step_options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun does not inherit it since Slurm 22.05
+}
+
+find_container() { # sets inside, what stands in front of a command to reach Python, and adds to step_options what srun needs for it
+  inside=()
   [[ -n ${LONGVILA_CONTAINER:-} ]] || return 0
   local mounts=${LONGVILA_CONTAINER_MOUNTS:-$root:$root,$PWD:$PWD}
   case ${LONGVILA_CONTAINER_RUNTIME:-apptainer} in
@@ -33,6 +36,13 @@ load_site() { # sets PYTHON, inside and step_options, exports what the agents re
     enroot) step_options+=(--container-image="$LONGVILA_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD") ;;
     *) fail "LONGVILA_CONTAINER_RUNTIME=$LONGVILA_CONTAINER_RUNTIME must be apptainer, singularity or enroot (Slurm's pyxis plugin)" ;;
   esac
+}
+
+load_site() { # in a job: sets PYTHON, inside and step_options, exports what the agents read
+  read_site
+  read -ra step_options <<<"${LONGVILA_SRUN:-}"
+  [[ -n ${SLURM_CPUS_PER_TASK:-} ]] && step_options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun does not inherit it since Slurm 22.05
+  find_container
 }
 
 on_one_node() { # COMMAND...: on the first node, in the container if there is one
@@ -43,10 +53,13 @@ on_one_node() { # COMMAND...: on the first node, in the container if there is on
   fi
 }
 
-find_ranks() { # sets RANKS, the processes of one node
-  RANKS=${LONGVILA_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+find_ranks() { # sets RANKS, the processes of one node: its GPUs, as in front.sh
+  RANKS=${SLURM_GPUS_ON_NODE:-${LONGVILA_RANKS_PER_NODE:-}}
   [[ $RANKS =~ ^[1-9][0-9]*$ ]] || fail "the job has no GPUs (sbatch --gpus-per-node=N) and LONGVILA_RANKS_PER_NODE='$RANKS' is no number of ranks"
   export RANKS
+  ((${SLURM_CPUS_ON_NODE:-$RANKS} >= RANKS)) ||
+    say "warning: $SLURM_CPUS_ON_NODE CPUs for the $RANKS ranks of a node, which decode video; submit.sh asks for more, or" \
+      "sbatch --cpus-per-task=$((RANKS * ${LONGVILA_CPUS_PER_RANK:-8}))"
 }
 
 find_master() { # TRY: sets MASTER_ADDR and MASTER_PORT
@@ -62,15 +75,15 @@ find_master() { # TRY: sets MASTER_ADDR and MASTER_PORT
   export MASTER_ADDR MASTER_PORT
 }
 
-job_field() { # NAME: of scontrol's description of this job; nothing if Slurm does not answer for a minute
-  local facts _
-  for _ in 1 2 3 4 5 6; do
-    if facts=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null); then
-      grep -oP "\b$1=\K\S+" <<<"$facts" | head -n1
-      return
-    fi
-    sleep 10
+job_field() { # NAME [SECONDS]: of scontrol's description of this job; nothing if Slurm does not answer for so long (a minute)
+  local facts value until=$((SECONDS + ${2:-60}))
+  until facts=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null); do
+    ((SECONDS < until)) || return 0
+    sleep 5
   done
+  value=$(sed -nE "s/^(.*[[:space:]])?$1=//p" <<<"$facts" | head -n1)
+  [[ $1 == StdOut ]] || value=${value%%[[:space:]]*} # a path, alone in its line, may hold spaces
+  echo "$value"
 }
 
 came_back() { # whether Slurm has queued this job again; while it clears the nodes it calls every job COMPLETING
@@ -87,28 +100,36 @@ listen() {
   trap 'stop=TERM; signals=$((signals + 1))' TERM
 }
 
-run_step() { # COMMAND...: an srun to its end; a signal that this shell got goes to the ranks. Sets status
-  local step before tell_at=0
-  "$@" &
-  step=$!
-  while kill -0 "$step" 2>/dev/null; do
-    if [[ -n $stop ]] && ((SECONDS >= tell_at)); then
-      # Again and again: a rank that is still starting has nobody to hear it. Without --batch this shell gets none of them.
-      if ((!tell_at)); then
-        say "got $stop: asking all ranks to stop after their step and save"
-        # Said at once: after a lost node this shell is killed before srun has ended.
-        came_back && say "Slurm has queued the job again: it waits until enough nodes are healthy (squeue says why)"
-      fi
-      scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null || true # no step yet, or none any more
-      tell_at=$((SECONDS + 5))
+run_to_end() { # ASK COMMAND...: a command in the background; ASK is called once this shell has got a signal. Sets child, its pid, and status
+  local ask=$1 before ask_at=0
+  "${@:2}" &
+  child=$!
+  while kill -0 "$child" 2>/dev/null; do
+    if [[ -n $stop ]] && ((SECONDS >= ask_at)); then
+      "$ask" # again and again: a rank that is still starting has nobody to hear it
+      ask_at=$((SECONDS + 5))
     fi
     sleep 1 &
     wait $! || true
   done
-  while :; do # a signal interrupts `wait`, which then says nothing about the step
+  while :; do # a signal interrupts `wait`, which then says nothing about the command
     before=$signals
-    wait "$step"
+    wait "$child"
     status=$?
     ((signals == before)) && break
   done
+}
+
+asked_s="" # when the ranks were asked to stop, in seconds since this shell began
+ask_step() { # the ranks through their agents; without --batch this shell gets none of it
+  [[ -n $asked_s ]] || say "got $stop: asking all ranks to stop after their step and save"
+  scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null || true # no step yet, or none any more
+  [[ -z $asked_s ]] || return 0
+  asked_s=$SECONDS
+  # Said at once: after a lost node this shell is killed before srun has ended.
+  came_back && say "Slurm has queued the job again: it waits until enough nodes are healthy (squeue says why)"
+}
+
+run_step() { # COMMAND...: an srun to its end; a signal that this shell got goes to the ranks. Sets status
+  run_to_end ask_step "$@"
 }

@@ -14,10 +14,10 @@ fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=examples/slurm/front.sh
 source "$root/examples/slurm/front.sh"
-load_front_site
+load_front
 parse_front "$@"
-((${#rest[@]})) || refuse "CONFIG, a YAML file such as examples/models/qwen2_7b_siglip_448.yaml, is missing"
-"$PYTHON" "$root/tools/slurm_plan.py" --nodes "$nodes" --ranks_per_node "$ranks" --config "${rest[@]}"
+((${#rest[@]})) || fail "CONFIG, a YAML file such as examples/models/qwen2_7b_siglip_448.yaml, is missing"
+"${python[@]}" "$root/tools/slurm_plan.py" --nodes "$nodes" --ranks_per_node "$ranks" --config "${rest[@]}"
 command=(sbatch "${sbatch_words[@]}" "$root/examples/slurm/train.sbatch" "${rest[@]}")
 show_command "${command[@]}"
 [[ -n $dry_run ]] || "${command[@]}"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,7 +77,7 @@ def test_a_dry_run_shows_everything_and_submits_nothing(tiny: list[str], queue: 
     assert "weights" in done.stdout and "gradients" in done.stdout and "optimizer" in done.stdout
     line = done.stdout.splitlines()[-1]
     assert (
-        line.startswith("$ sbatch --nodes=2 --gpus-per-node=8 --time=1:00:00 ")
+        line.startswith("$ sbatch --nodes=2 --gpus-per-node=8 --mem=0 --cpus-per-task=64 --time=1:00:00 ")
         and "train.sbatch" in line
         and "--parallel.ring_size 2" in line
     )
@@ -98,12 +101,98 @@ def test_what_cannot_run_is_never_queued(tiny: list[str], queue: Path, nodes: ob
 def test_options_of_the_front(tiny: list[str], queue: Path) -> None:
     for words, said in (
         (["--gpus", 8, *tiny], "--nodes N is missing"),
-        (["--nodes", 1, *tiny], "--gpus G, the GPUs of a node, is missing"),
+        (["--nodes", 1, *tiny], "--gpus G or TYPE:G, the GPUs of a node, is missing"),
         (["--nodes", 1, "--gpus", 8], "CONFIG, a YAML file such as"),
         (["--time", "10", "--nodes", 1, "--gpus", 8, *tiny], "--time: options of sbatch are given as --name=value"),
+        (["--time=12", "--nodes", 1, "--gpus", 8, *tiny], "a time limit of 12 (720 s) leaves no time to train"),
     ):
         done = bash(SLURM / "submit.sh", *words, **with_queue(queue))
         assert done.returncode == 1 and said in done.stderr and not queue.exists(), done
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--gpus", "h100:8", "--exclusive"], "--nodes=1 --gpus-per-node=h100:8 --mem=0 --cpus-per-task=64 --exclusive"),
+        (["--gpus=8", "--mem=200G", "--cpus-per-task=16"], "--nodes=1 --gpus-per-node=8 --mem=200G --cpus-per-task=16"),
+        (["--gpus=8", "--mem-per-gpu=50G", "--cpus-per-gpu=4"], "--nodes=1 --gpus-per-node=8 --mem-per-gpu=50G --cpus-per-gpu=4"),
+        (["--gpus=8", "--time=12:01"], "--nodes=1 --gpus-per-node=8 --mem=0 --cpus-per-task=64 --time=12:01"),
+        (
+            ["--gpus=8", "--time=5", "--signal=B:USR1@60"],
+            "--nodes=1 --gpus-per-node=8 --mem=0 --cpus-per-task=64 --time=5 --signal=B:USR1@60",
+        ),
+        (["--gpus=8", "--time=1-0"], "--nodes=1 --gpus-per-node=8 --mem=0 --cpus-per-task=64 --time=1-0"),
+        ([], "--nodes=1 --mem=0 --cpus-per-task=16"),  # LONGVILA_RANKS_PER_NODE: no GPUs
+    ],
+)
+def test_what_sbatch_is_asked_for(tiny: list[str], queue: Path, given: list[str], line: str) -> None:
+    """Besides nodes and GPUs: the CPUs and the memory that its defaults would not give."""
+    done = bash(SLURM / "submit.sh", "--nodes=1", *given, *tiny, **with_queue(queue), LONGVILA_RANKS_PER_NODE=2)
+    assert done.returncode == 0, done.stderr
+    asked = queue.read_text().partition("account= ")[2].partition(f" {SLURM}/train.sbatch")[0]
+    assert asked == line
+    assert f"{2 if not given else 8} ranks = 1 nodes x" in done.stdout
+
+
+def test_ranks_of_a_node_are_its_gpus_in_the_job_too() -> None:
+    text = f"root={ROOT}; source {SLURM}/job.sh; find_ranks; echo $RANKS"
+    done = bash("-c", text, SLURM_JOB_ID="7", SLURM_GPUS_ON_NODE=4, LONGVILA_RANKS_PER_NODE=2, SLURM_CPUS_ON_NODE=1)
+    assert done.stdout.splitlines()[-1] == "4" and "warning: 1 CPUs for the 4 ranks of a node" in done.stdout, done
+    assert bash("-c", text, SLURM_JOB_ID="7", LONGVILA_RANKS_PER_NODE=2).stdout == "2\n"
+    assert bash("-c", text, SLURM_JOB_ID="7").returncode == 1
+
+
+def test_where_python_is_found_when_jobs_are_submitted(tiny: list[str], queue: Path) -> None:
+    """Not inside of the jobs' container by chance: LONGVILA_SUBMIT_PYTHON, or through apptainer; pyxis serves jobs alone."""
+    container = {"LONGVILA_PYTHON": "/opt/python-of-the-image", "LONGVILA_CONTAINER": "/images/a.sif"}
+    apptainer = queue.parent / "bin/apptainer"
+    apptainer.write_text(f'#!/bin/bash\necho apptainer "$@" >>{queue.parent}/contained\n')
+    apptainer.chmod(0o755)
+    words = (SLURM / "submit.sh", "--nodes=1", "--gpus=8", *tiny)
+    done = bash(*words, **with_queue(queue), **container)
+    assert done.returncode == 0, done.stderr
+    assert f"/images/a.sif /opt/python-of-the-image {ROOT}/tools/slurm_plan.py" in (queue.parent / "contained").read_text()
+    done = bash(*words, **with_queue(queue), **container, LONGVILA_SUBMIT_PYTHON=sys.executable)
+    assert done.returncode == 0 and "8 ranks = 1 nodes x 8" in done.stdout, done
+    done = bash(*words, **with_queue(queue), **container, LONGVILA_CONTAINER_RUNTIME="enroot")
+    assert done.returncode == 1 and "set LONGVILA_SUBMIT_PYTHON" in done.stderr
+    assert len(queue.read_text().splitlines()) == 2
+
+
+def test_a_site_file_may_use_unset_names_and_fail(tiny: list[str], queue: Path, tmp_path: Path) -> None:
+    (tmp_path / "site.sh").write_text('false; export SBATCH_ACCOUNT="vision$UNSET"\n')
+    done = bash(SLURM / "submit.sh", "--nodes=1", "--gpus=8", *tiny, **with_queue(queue), LONGVILA_SITE=tmp_path / "site.sh")
+    assert done.returncode == 0 and queue.read_text().startswith("account=vision "), done
+
+
+def test_a_signal_reaches_only_ranks_that_can_hear_it(tmp_path: Path) -> None:
+    """TERM and USR1 to the agent alone, as Slurm sends them where it tracks processes by cgroups: neither torchrun nor what a rank has
+    started gets one, and a rank that is still starting gets it later."""
+    (tmp_path / "rank.py").write_text(
+        "import os, signal, subprocess, sys, time\n"
+        "child = subprocess.Popen(['bash', '-c', 'trap \"exit 3\" USR1 TERM; sleep 2 & wait'])\n"
+        "time.sleep(2)\n"
+        "heard = []\n"
+        "signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))\n"
+        "print('ready', flush=True)\n"
+        "end = time.monotonic() + 60\n"
+        "while not heard and time.monotonic() < end: time.sleep(0.1)\n"
+        "assert heard and child.wait() == 0\n"
+        f"open('{tmp_path}/stopped_' + os.environ['RANK'], 'w')\n"
+    )
+    step = {"SLURM_STEP_ID": 0, "SLURM_NODEID": 0, "SLURM_NNODES": 1, "SLURM_JOB_ID": 1, "RANKS": 2, "PYTHON": sys.executable}
+    clean = {name: value for name, value in environment().items() if not name.startswith(("SLURM", "LONGVILA_"))}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        step |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    line = ["bash", str(SLURM / "agent.sh"), str(tmp_path / "logs"), str(tmp_path / "rank.py")]
+    with subprocess.Popen(line, env=clean | {name: str(value) for name, value in step.items()}, start_new_session=True) as agent:
+        time.sleep(1)
+        agent.terminate()
+        time.sleep(4)
+        agent.send_signal(signal.SIGUSR1)
+        assert agent.wait(90) == 0
+    assert sorted(path.name for path in tmp_path.glob("stopped_*")) == ["stopped_0", "stopped_1"]
 
 
 def test_the_site_file_and_the_environment_reach_sbatch(tiny: list[str], queue: Path, tmp_path: Path) -> None:
@@ -111,7 +200,7 @@ def test_the_site_file_and_the_environment_reach_sbatch(tiny: list[str], queue: 
     site = {"LONGVILA_SITE": tmp_path / "site.sh"}
     done = bash(SLURM / "submit.sh", "--nodes=1", "--gpus=8", *tiny, **with_queue(queue), **site)
     assert done.returncode == 0, done.stderr
-    assert queue.read_text().startswith("account=vision --nodes=1 --gpus-per-node=8 ")
+    assert queue.read_text().startswith("account=vision --nodes=1 --gpus-per-node=8 --mem=0 ")
     done = bash(SLURM / "submit.sh", "--nodes=1", "--gpus=8", *tiny, LONGVILA_SITE=tmp_path / "other.sh")
     assert done.returncode == 1 and "other.sh does not exist" in done.stderr
 
@@ -127,7 +216,7 @@ def test_a_chain_is_one_job_a_stage(queue: Path, tmp_path: Path) -> None:
         "flags: {data.train: [dataset], data.template: plain, model.llm.vocab_size: 448, data.global_batch_size: 4, training.steps: 3}\n"
         "stages: [{name: one}, {name: two}, {name: three}]\n"
     )
-    words = ("--nodes", 2, "--gpus", 2, "--time=10", tmp_path / "chain.yaml", tmp_path / "out", "--optimizer.lr", "0.1")
+    words = ("--nodes", 2, "--gpus", 2, "--time=20", tmp_path / "chain.yaml", tmp_path / "out", "--optimizer.lr", "0.1")
     done = bash(SLURM / "chain.sh", "--dry-run", *words, **with_queue(queue))
     assert (
         done.returncode == 0
@@ -143,6 +232,11 @@ def test_a_chain_is_one_job_a_stage(queue: Path, tmp_path: Path) -> None:
     assert lines[1].endswith("--optimizer.lr 0.1 --stage two") and "--job-name=longvila-two" in lines[1]
     refused = bash(SLURM / "chain.sh", "--nodes=3", "--gpus=1", *words[5:], **with_queue(queue))
     assert refused.returncode == 1 and "stage one: data.global_batch_size=4 must be divisible" in refused.stderr
+    queue.unlink()
+    stand_in = queue.parent / "bin/sbatch"
+    stand_in.write_text(stand_in.read_text() + f"(($(wc -l <{queue}) < 3))\n")
+    refused = bash(SLURM / "chain.sh", *words, **with_queue(queue))
+    assert refused.returncode == 1 and "stage three could not be submitted; jobs of the stages before, which go on: 41 42" in refused.stderr
 
 
 @pytest.mark.parametrize("runtime", ["apptainer", "enroot"])
