@@ -130,13 +130,15 @@ def build_run(config: Config, pulse: Pulse | None = None) -> Run:
 
 
 def fit(run: Run, stop: StopSignal) -> None:
-    """Step from `run.first_step` to the end of the run, or to the step in which any rank got a signal."""
+    """Step from `run.first_step` to the end of the run, or to the step or evaluation in which any rank got a signal."""
     log = open_log(run) if dist.get_rank() == 0 else None
     pace, config, totals = metrics.Pace(), run.config, run.state.totals
     totals.start()
-    interval, evaluation_interval = config.checkpoint.save_interval, config.training.evaluation_interval
+    interval, number = config.checkpoint.save_interval, run.first_step
+    stopped = not evaluate_if_missing(run, stop)
     with contextlib.closing(iter(run.state.loader)) as batches:
-        for number in range(run.first_step + 1, run.total_steps + 1):
+        while number < run.total_steps and not stopped:
+            number += 1
             start = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - start
@@ -149,32 +151,41 @@ def fit(run: Run, stop: StopSignal) -> None:
                 run.check.after_step(number, lr=lr, frames=result["frames"], labels=result["labels"])
             report(run, log, pace, number, batch, {"lr": lr, "waited_s": waited} | result)
             last = number == run.total_steps
-            if (last and config.checkpoint.save_at_end) or result["stop"] or (interval and number % interval == 0):
-                run.pulse.beat(number, "save")
-                with whole_parameters(run.model):
-                    run.checkpoints.save(run.state, number)
+            due = (last and config.checkpoint.save_at_end) or result["stop"] or (interval and number % interval == 0)
+            if due:
+                save(run, number)
             run.checkpoints.poll()
-            if result["stop"] and not last:  # at once: whoever sent the signal will not wait for an evaluation
-                break
-            if run.evaluation is not None and (last or (evaluation_interval and number % evaluation_interval == 0)):
-                record_evaluation(run, number, evaluate(run, number))
+            # At once: whoever sent the signal will not wait for an evaluation.
+            stopped = (result["stop"] and not last) or (is_evaluated(run, number) and not evaluate(run, number, stop))
+            if stopped and not due:
+                save(run, number)
     run.checkpoints.wait()
-    done = number if run.first_step < run.total_steps else run.total_steps
-    if done == run.total_steps:
-        evaluate_if_missing(run)
+    if not stopped:
         check_end(run)
     if dist.get_rank() == 0:
-        finish(run, log, done)
+        finish(run, log, number, stopped)
 
 
-def evaluate_if_missing(run: Run) -> None:
-    """Evaluate after the last step if a kill between its checkpoint and its evaluation left that out. Collective over all ranks."""
-    if run.evaluation is None or run.first_step < run.total_steps:
-        return
-    found = [any(line["step"] == run.total_steps for line in metrics.read_lines(run.folder / "evaluation.jsonl"))]
+def save(run: Run, number: int) -> None:
+    """Write the checkpoint of step `number`. Collective over all ranks."""
+    run.pulse.beat(number, "save")
+    with whole_parameters(run.model):
+        run.checkpoints.save(run.state, number)
+
+
+def is_evaluated(run: Run, number: int) -> bool:
+    """Whether an evaluation follows step `number`."""
+    interval = run.config.training.evaluation_interval
+    return run.evaluation is not None and (number == run.total_steps or bool(interval and number % interval == 0))
+
+
+def evaluate_if_missing(run: Run, stop: StopSignal) -> bool:
+    """Evaluate after `run.first_step` if a kill or a signal after its checkpoint left that out; returns as `evaluate`."""
+    if run.first_step == 0 or not is_evaluated(run, run.first_step):
+        return True
+    found = [any(line["step"] == run.first_step for line in metrics.read_lines(run.folder / "evaluation.jsonl"))]
     dist.broadcast_object_list(found, src=0)
-    if not found[0]:
-        record_evaluation(run, run.total_steps, evaluate(run, run.total_steps))
+    return found[0] or evaluate(run, run.first_step, stop)
 
 
 def check_end(run: Run) -> None:
@@ -255,17 +266,27 @@ def reduce_totals(run: Run, batch: list[MicroBatch], outputs: list[dict[str, tor
 
 
 @torch.no_grad()
-def evaluate(run: Run, number: int) -> float | None:
-    """After step `number`: mean loss per labelled token over the held-out rows, None if they have no label. Collective over all ranks."""
+def evaluate(run: Run, number: int, stop: StopSignal) -> bool:
+    """After step `number`: record the mean loss per labelled token over the held-out rows. Collective over all ranks.
+
+    Returns:
+        False, with nothing recorded, if a signal asked to stop on the way: one that is resumed makes up for it.
+    """
     run.model.eval()
-    loss_sum = count = 0.0
-    with whole_parameters(run.model):
-        for batch in run.evaluation:
+    loss_sum = count = asked = 0.0
+    with whole_parameters(run.model), contextlib.closing(iter(run.evaluation)) as batches:
+        for batch in batches:
             run.pulse.beat(number, "evaluate", [name for one in batch for name in one.sample_ids])
-            totals = reduce_totals(run, batch, forward_backward(run, batch, forward_only=True), False)
-            loss_sum, count = loss_sum + totals[0], count + totals[1]
+            totals = reduce_totals(run, batch, forward_backward(run, batch, forward_only=True), stop.requested)
+            loss_sum, count, asked = loss_sum + totals[0], count + totals[1], totals[5]
+            if asked:
+                break
     run.model.train()
-    return loss_sum / count if count else None
+    if not asked and dist.get_rank() == 0:
+        loss = loss_sum / count if count else None
+        metrics.append_line(run.folder / "evaluation.jsonl", {"step": number, "loss": loss})
+        logger.info("step %d | held-out loss %s", number, "no labels" if loss is None else f"{loss:.4f}")
+    return not asked
 
 
 @contextlib.contextmanager
@@ -341,17 +362,10 @@ def open_log(run: Run) -> metrics.MetricsLog:
     return metrics.MetricsLog(run.folder, run.config, run.first_step)
 
 
-def record_evaluation(run: Run, number: int, loss: float | None) -> None:
-    """Add one line to evaluation.jsonl. Called by all ranks, done by rank 0."""
-    if dist.get_rank() == 0:
-        metrics.append_line(run.folder / "evaluation.jsonl", {"step": number, "loss": loss})
-        logger.info("step %d | held-out loss %s", number, "no labels" if loss is None else f"{loss:.4f}")
-
-
-def finish(run: Run, log: metrics.MetricsLog, number: int) -> None:
+def finish(run: Run, log: metrics.MetricsLog, number: int, stopped: bool) -> None:
     """Close the log, draw the loss curve, and mark a run that was asked to stop. For rank 0."""
     log.close()
-    if number < run.total_steps:
+    if stopped:
         metrics.write_json(run.folder / "interrupted", {"step": number, "total_steps": run.total_steps})
         logger.info("stopped by a signal after step %d; start the same command again to continue", number)
         return

@@ -269,6 +269,40 @@ def test_signal_stops_all_ranks_after_the_same_step(make_config) -> None:
         assert summary(config)[name] == summary(whole)[name]
 
 
+def signal_in_evaluation(rank: int, config: Config, at_step: int) -> None:
+    """Training in which rank 1 is asked to stop while it evaluates after `at_step`."""
+    from megatron_longvila.training import loop
+
+    real = loop.forward_backward
+    steps = [0]
+
+    def forward_backward(run, batch, *, forward_only):
+        steps[0] += not forward_only
+        if forward_only and rank == 1 and steps[0] == at_step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(run, batch, forward_only=forward_only)
+
+    loop.forward_backward = forward_backward
+    run_training(rank, config)
+
+
+@pytest.mark.parametrize("at_step", [2, 3])
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(at_step: int, make_config) -> None:
+    """What was evaluated in part is saved, left, and evaluated whole by the run that goes on."""
+    settings = {"steps": 3, "evaluation": ["held_out"], "training": {"evaluation_interval": 2}, "checkpoint": {"save_at_end": False}}
+    config, whole = make_config("stopped", **settings), make_config("whole", **settings)
+    run_ranks(signal_in_evaluation, 2, config, at_step)
+    folder = Path(config.output_dir)
+    assert json.loads((folder / "interrupted").read_text())["step"] == at_step and not (folder / "run_summary.json").exists()
+    assert (folder / "checkpoints" / "latest").read_text() == f"step_{at_step:07d}\n"
+    path = folder / "evaluation.jsonl"
+    assert [json.loads(line)["step"] for line in (path.read_text().splitlines() if path.exists() else [])] == [2][: at_step - 2]
+    run_ranks(run_training, 2, config)
+    run_ranks(run_training, 2, whole)
+    assert read(config, "evaluation.jsonl") == read(whole, "evaluation.jsonl") and losses(config) == losses(whole)
+    assert not (folder / "interrupted").exists() and (folder / "run_summary.json").exists()
+
+
 def test_a_kill_in_the_last_evaluation_does_not_lose_it(make_config) -> None:
     """The checkpoint of the last step is there, its evaluation is not: the next start makes up for it, once."""
     config = make_config(steps=3, evaluation=["held_out"], training={"evaluation_interval": 2})
