@@ -6,9 +6,10 @@
                                       (into room taken when the rank began: a full disk is what many failures are about)
     RUN/failures/seen_00003.json      written by `watch.py` about a rank that cannot speak any more: killed, stopped, stuck
 
-A beat is one small file replaced in one step: median 0.1 ms in memory, 0.4 ms on a busy local disk (`doctor` says what the disk of a run
-takes). The stacks come from a thread of the rank itself, so they need no debugger and no rights; a rank that is stopped or stuck in native
-code cannot run that thread, and `watch.py` looks at it from outside.
+A beat is one small file replaced in one step (median 0.1 ms in memory, 0.4 ms on a busy local disk; `doctor` says what the disk of a run
+takes), by a thread of the rank and at most once a second: training does not wait for a shared disk, which is spared what short steps would
+ask of it. The stacks come from the same thread, so they need no debugger and no rights; a rank that is stopped or stuck in native code
+cannot run that thread, and `watch.py` looks at it from outside.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 HEARTBEATS, FAILURES = "heartbeats", "failures"
 ENDED = "ended"  # the phase of a rank that left as it should
 SAMPLES_PER_TIMEOUT = 32
+BEAT_INTERVAL_S = 1.0
 ROOM_BYTES = 64 << 10  # of a rank's failure record
 DEVICE_WAITS = (
     ".tolist()",
@@ -115,7 +117,8 @@ class Pulse:
 
         Args:
             host: what the job calls this host; its own name if not given.
-            timeout_s: the limit of a collective; a rank without a beat for a small part of it writes its stacks. None: it never does.
+            timeout_s: the limit of a collective; a rank without a beat for a small part of it writes its stacks. None: it never does, and
+                there is no thread: a beat is written when it is made.
 
         Raises OSError if the run directory cannot be written.
         """
@@ -124,6 +127,9 @@ class Pulse:
         self.last: dict[str, Any] = {}
         self._warned = False
         self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._writing = threading.Lock()
+        self._written: dict[str, Any] = {}
         for kind in ("beat", "stall", "failure", "seen"):
             path = record_path(run_dir, kind, rank)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +138,8 @@ class Pulse:
         self._room.write_bytes(b" " * ROOM_BYTES)
         self.beat(0, "start")
         if timeout_s is not None:
-            thread = threading.Thread(target=self._watch_stalls, args=(timeout_s / SAMPLES_PER_TIMEOUT,), name="pulse", daemon=True)
-            thread.start()
+            self._thread = threading.Thread(target=self._work, args=(timeout_s / SAMPLES_PER_TIMEOUT,), name="pulse", daemon=True)
+            self._thread.start()
 
     def beat(self, step: int, phase: str, sample_ids: Sequence[str] = ()) -> None:
         """Say that `phase` of `step` has begun on these samples: start, step, save, evaluate, ended.
@@ -141,12 +147,24 @@ class Pulse:
         A beat that cannot be written is a warning, once: training does not end for it.
         """
         self.last = self._stamp() | {"step": step, "phase": phase, "sample_ids": list(sample_ids), "parent_pid": os.getppid()}
-        try:
-            write_record(record_path(self.run_dir, "beat", self.rank), self.last)
-        except OSError as error:
-            if not self._warned:
-                logger.warning("the heartbeat of rank %d cannot be written: %s", self.rank, error)
-            self._warned = True
+        if self._thread is None or self._ended.is_set():
+            self._write_beat()
+
+    def _write_beat(self) -> None:
+        with self._writing:
+            if self.last is self._written:
+                return
+            self._written = last = self.last
+            try:
+                write_record(record_path(self.run_dir, "beat", self.rank), last)
+            except OSError as error:
+                self.warn(f"the heartbeat of rank {self.rank} cannot be written: {error}")
+
+    def warn(self, text: str) -> None:
+        """Log the first of the warnings about a disk that does not take a heartbeat."""
+        if not self._warned:
+            logger.warning(text)
+        self._warned = True
 
     def end(self) -> None:
         """The rank leaves as it should."""
@@ -157,6 +175,7 @@ class Pulse:
     def fail(self, error: BaseException) -> None:
         """Record what ends this rank, on a full disk too. Where the disk is gone altogether the record is in the log alone."""
         self._ended.set()
+        self._write_beat()
         values = self._stamp() | {"type": type(error).__name__, "message": str(error), "beat": self.last}
         values["traceback"] = "".join(traceback.format_exception(error))
         try:
@@ -167,10 +186,14 @@ class Pulse:
     def _stamp(self) -> dict[str, Any]:
         return {"rank": self.rank, "host": self.host, "pid": os.getpid(), "time_s": time.time()}
 
-    def _watch_stalls(self, interval_s: float) -> None:
-        """Body of the thread: between two looks without a beat in between the rank has stalled."""
-        stall = Stall(self.last)
-        while not self._ended.wait(interval_s):
+    def _work(self, interval_s: float) -> None:
+        """Body of the thread: write beats; between two looks, `interval_s` apart, without a beat in between the rank has stalled."""
+        stall, looked_s = Stall(self.last), time.monotonic()
+        while not self._ended.wait(min(BEAT_INTERVAL_S, interval_s)):
+            self._write_beat()
+            if time.monotonic() - looked_s < interval_s:
+                continue
+            looked_s = time.monotonic()
             try:
                 self._look(stall)
             except Exception:  # it looks into a process at work: one failed look must not be the last

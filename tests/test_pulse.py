@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
@@ -16,7 +17,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longvila.pulse import ROOM_BYTES, Pulse, describe_wait, read_records, record_path, thread_stacks, write_record
+from megatron_longvila.pulse import (
+    BEAT_INTERVAL_S,
+    ROOM_BYTES,
+    Pulse,
+    describe_wait,
+    read_records,
+    record_path,
+    thread_stacks,
+    write_record,
+)
 from megatron_longvila.watch import Watch, exit_status, is_running, process_state
 
 
@@ -72,6 +82,27 @@ def test_of_a_long_traceback_the_end_is_kept(tmp_path: Path) -> None:
     assert path.stat().st_size <= ROOM_BYTES and read_records(tmp_path, "failure")[0]["traceback"].endswith("the end\n")
 
 
+def test_beats_of_short_steps_are_written_by_the_thread_at_most_once_a_second(tmp_path: Path, monkeypatch) -> None:
+    writers = []
+
+    def write(path: Path, values: dict) -> None:
+        writers.append((threading.current_thread().name, values["step"], time.monotonic()))
+        write_record(path, values)
+
+    pulse = Pulse(tmp_path, 0, timeout_s=1000.0)
+    monkeypatch.setattr("megatron_longvila.pulse.write_record", write)
+    step, began = 0, time.monotonic()
+    while time.monotonic() - began < 2.5:
+        step += 1
+        pulse.beat(step, "step")
+        time.sleep(0.001)
+    assert {name for name, _, _ in writers} == {"pulse"} and all(
+        later - before > 0.9 * BEAT_INTERVAL_S for (_, _, before), (_, _, later) in itertools.pairwise(writers)
+    )
+    pulse.end()  # at once: nobody writes for it any more
+    assert writers[-1][0] == "MainThread" and (read_records(tmp_path, "beat")[0]["phase"], writers[-1][1]) == ("ended", step)
+
+
 def test_a_beat_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog) -> None:
     pulse = Pulse(tmp_path, 0)
     folder = record_path(tmp_path, "beat", 0).parent
@@ -108,7 +139,7 @@ def test_a_look_that_fails_is_not_the_last(tmp_path: Path, caplog) -> None:
         return 7
 
     pulse.progress = progress
-    thread = threading.Thread(target=pulse._watch_stalls, args=(0.02,))
+    thread = threading.Thread(target=pulse._work, args=(0.02,))
     with caplog.at_level(logging.WARNING, "megatron_longvila"):
         thread.start()
         wait_for(lambda: read_records(tmp_path, "stall"))

@@ -313,7 +313,10 @@ def report(
     if log is not None:
         beat = {"step": number, "total_steps": run.total_steps, "time_s": time.time(), "pid": os.getpid()}
         beat |= {"loss": result["loss"], "tokens_per_s": pace.tokens / pace.elapsed_s, "eta_s": pace.eta_s(run.total_steps - number)}
-        metrics.write_json(run.folder / "heartbeat.json", beat)
+        try:
+            metrics.write_json(run.folder / "heartbeat.json", beat)
+        except OSError as error:
+            run.pulse.warn(f"heartbeat.json cannot be written: {error}")
     if number % run.config.logging.interval and number != run.total_steps and not result["stop"]:
         return
     most = torch.tensor([pace.data_wait_s, platform.memory_gib()], dtype=torch.float64, device=platform.device())

@@ -56,8 +56,8 @@ def beat(output: Path, rank: int) -> dict:
 def harm_from_outside(line: list[str], output: Path, rank: int, number: int) -> tuple[float, str]:
     """Send a signal to a rank after its third step; returns how long the job then lived and what it wrote."""
     with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        path, deadline = output / "heartbeat.json", time.monotonic() + 120
-        while not (path.exists() and json.loads(path.read_text())["step"] >= 3):
+        deadline = time.monotonic() + 120
+        while not ((output / "heartbeat.json").exists() and beat(output, rank)["step"] >= 3):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.02)
         began = time.monotonic()

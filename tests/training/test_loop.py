@@ -303,6 +303,18 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(at_step: int, make_
     assert not (folder / "interrupted").exists() and (folder / "run_summary.json").exists()
 
 
+def occupy_the_heartbeat(rank: int, number: int, run) -> None:
+    if number == 2:
+        (run.folder / "heartbeat.json").unlink(missing_ok=True)
+        (run.folder / "heartbeat.json").mkdir(exist_ok=True)
+
+
+def test_a_heartbeat_that_cannot_be_written_does_not_end_training(make_config) -> None:
+    config = make_config(steps=3)
+    run_ranks(run_training, 1, config, occupy_the_heartbeat)
+    assert len(losses(config)) == 3 and (Path(config.output_dir) / "heartbeat.json").is_dir()
+
+
 def test_a_kill_in_the_last_evaluation_does_not_lose_it(make_config) -> None:
     """The checkpoint of the last step is there, its evaluation is not: the next start makes up for it, once."""
     config = make_config(steps=3, evaluation=["held_out"], training={"evaluation_interval": 2})
