@@ -83,6 +83,7 @@ def take_pulse(config: Config, local_world_size: int) -> Pulse:
     """This rank's log file and heartbeat, and on the first rank of a host the watch over its ranks."""
     run_dir, rank = Path(config.output_dir), int(os.environ.get("RANK", "0"))
     open_log_file(run_dir, rank)
+    watch.allow_debugger()
     pulse = Pulse(run_dir, rank, host_name(), timeout_s=config.parallel.timeout_s)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         watch.start(run_dir, host_name(), range(rank, rank + local_world_size), config.parallel.timeout_s)

@@ -11,13 +11,15 @@ The training program starts it on every host (its local rank 0 does), in a sessi
 * A rank still stopped after nine tenths of the limit while others wait is killed, and so is a stuck one once a peer's collective has
   timed out: a launcher would wait half a minute for a process that cannot follow its SIGTERM. So the job is down within the limit.
 
-Peers may be on other hosts: what they wait in is read from the run directory.
+Peers may be on other hosts: what they wait in is read from the run directory. Where all ranks at once wait for something else than each
+other, such as data from a shared disk that hangs, nobody is late: that is not detected, and the job waits with its disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import os
 import select
@@ -39,6 +41,7 @@ STOPPED_AFTER, STUCK_AFTER, KILLED_AFTER, LOOKS = 1 / 4, 1 / 2, 9 / 10, 32  # sh
 LONGEST_TICK_S = 1.0
 PY_SPY_LIMIT_S = 20.0
 STOPPED = {"T", "t"}
+PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, 2 ** (8 * ctypes.sizeof(ctypes.c_ulong)) - 1  # linux/prctl.h
 
 
 @dataclass
@@ -221,6 +224,12 @@ def stack_of(pid: int) -> str:
     except subprocess.TimeoutExpired:
         return f"no stack: py-spy gave none within {PY_SPY_LIMIT_S:.0f} s"
     return done.stdout if done.returncode == 0 else f"no stack: {done.stderr.strip()}"
+
+
+def allow_debugger() -> bool:
+    """Let any process of this user look into this one: where the kernel has Yama (ptrace_scope=1, the default of many systems) py-spy may
+    otherwise attach to its own children only. Returns whether the kernel knows such a rule."""
+    return ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(PR_SET_PTRACER_ANY), 0, 0, 0) == 0
 
 
 def start(run_dir: Path, host: str, ranks: range, timeout_s: float) -> None:

@@ -13,10 +13,13 @@ import subprocess
 import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_longvila import train
+from megatron_longvila.config import Config
 from megatron_longvila.pulse import (
     BEAT_INTERVAL_S,
     ROOM_BYTES,
@@ -27,7 +30,7 @@ from megatron_longvila.pulse import (
     thread_stacks,
     write_record,
 )
-from megatron_longvila.watch import Watch, exit_status, is_running, process_state
+from megatron_longvila.watch import Watch, allow_debugger, exit_status, is_running, process_state
 
 
 def wait_for(condition, limit_s: float = 20.0) -> None:
@@ -207,6 +210,21 @@ def test_a_process_from_outside() -> None:
     assert exit_status(process.pid) == signal.SIGKILL  # before its parent has fetched it
     process.wait()
     assert exit_status(process.pid) is None and process_state(process.pid) == "" and not is_running(process.pid)
+
+
+def test_another_process_may_look_into_one_that_allows_it() -> None:
+    """Without root this needs the permission where the kernel has Yama's rule; elsewhere there is nothing to permit."""
+    yama = Path("/proc/sys/kernel/yama/ptrace_scope")
+    assert allow_debugger() == yama.exists()
+
+
+def test_a_rank_allows_a_debugger_before_it_is_watched(tmp_path: Path, monkeypatch) -> None:
+    said = []
+    monkeypatch.setattr(train.watch, "allow_debugger", lambda: said.append("allowed"))
+    monkeypatch.setattr(train.watch, "start", lambda *args: said.append("watched"))
+    monkeypatch.setattr(train, "open_log_file", lambda *args: None)
+    train.take_pulse(replace(Config(), output_dir=str(tmp_path)), 1).end()
+    assert said == ["allowed", "watched"]
 
 
 def write_beat(run_dir: Path, rank: int, pid: int, host: str = "here", **values) -> None:
