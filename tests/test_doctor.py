@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 from programs import environment
 
 from megatron_longvila.doctor import codecs
+from megatron_longvila.doctor.__main__ import find_first_node
 from megatron_longvila.doctor.finding import NOTE, OK, PROBLEM, Finding, render
-from megatron_longvila.doctor.host import check_disk, check_speed
+from megatron_longvila.doctor.host import check_disk, check_speed, memory_limit
 from megatron_longvila.doctor.network import judge_pairs
 from ranks import run_ranks
 
@@ -93,7 +95,7 @@ def _measure_clocks(rank: int, ahead_s: float) -> list[Finding]:
     if rank == 1:
         real = time.time
         time.time = lambda: real() + ahead_s
-    return list(network.check_clocks(hardware.cpu_group(), {"first": 0, "other": 1}))
+    return list(network.check_clocks(hardware.cpu_group(60.0), {"first": 0, "other": 1}))
 
 
 @pytest.mark.parametrize("ahead_s", [0.0, 90.0])
@@ -102,6 +104,50 @@ def test_a_clock_that_is_ahead(ahead_s: float) -> None:
     assert own.status == OK and own.value.startswith("first +0.000 s")
     assert other.status == (PROBLEM if ahead_s else OK)
     assert abs(float(other.value.split()[1]) - ahead_s) <= float(other.value.split("within ")[1].split()[0]) + 0.001
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu7", "gpu7"), ("gpu[003-005,9],cpu1", "gpu003"), ("a1,b[2-3]", "a1"), ("rack[2,4]-node", "rack2-node"), ("n[12]", "n12")],
+)
+def test_the_first_node_without_scontrol(nodes: str, first: str, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert find_first_node(nodes) == first
+
+
+def test_the_lowest_memory_limit_above_this_process(tmp_path: Path) -> None:
+    job = tmp_path / "system.slice" / "job_7"
+    (job / "step_0").mkdir(parents=True)
+    assert memory_limit("0::/system.slice/job_7/step_0\n", tmp_path) is None
+    (job / "step_0" / "memory.max").write_text("max\n")
+    (job / "memory.max").write_text("4096\n")
+    (tmp_path / "system.slice" / "memory.max").write_text("8192\n")
+    assert memory_limit("0::/system.slice/job_7/step_0\n", tmp_path) == 4096
+    old = tmp_path / "memory" / "slurm"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("2048\n")
+    (old.parent / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert memory_limit("5:cpu,cpuacct:/slurm\n4:memory:/slurm\n", tmp_path) == 2048
+
+
+def _join_late(rank: int) -> list[str]:
+    """Rank 0 looks at its host for longer than an exchange may take."""
+    from megatron_longvila import platform
+    from megatron_longvila.doctor import __main__ as doctor
+
+    join = platform.init_distributed
+    limits = []
+    platform.limit_collectives(0.5)  # of the group that these ranks have already
+    platform.init_distributed = lambda timeout_s: limits.append(timeout_s)
+    doctor.host.check_host = lambda *args: time.sleep(2) or []
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    found = doctor.examine([], 1, 1 << 20, 30.0)
+    assert join is not platform.init_distributed and limits == [doctor.JOIN_S]
+    return [one.name for one in found or []]
+
+
+def test_a_host_that_takes_long_to_look_at() -> None:
+    assert "all-reduce" in run_ranks(_join_late, 2)[0]
 
 
 def test_the_limit_it_reads_is_this_one(tmp_path: Path) -> None:

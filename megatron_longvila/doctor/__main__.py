@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from megatron_longvila.doctor.finding import PROBLEM, Finding, render
 from megatron_longvila.platform import hardware
 
 MIB = 2**20
+JOIN_S = 900.0  # the first rank of a host comes when it has looked at the host: programs of up to 120 s each, and the disks
 
 
 def join_slurm_step() -> None:
@@ -35,16 +37,26 @@ def join_slurm_step() -> None:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "RANK" in os.environ or tasks == 1:
         return
-    first = ask_slurm("show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]
-    address = re.search(r"\bNodeAddr=(\S+)", ask_slurm("show", "node", "-o", first))  # names of nodes need not be names of hosts
+    address = find_first_node(os.environ["SLURM_STEP_NODELIST"])
     os.environ |= {
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": os.environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
-        "MASTER_ADDR": address[1] if address else first,
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(12000 + (int(os.environ["SLURM_JOB_ID"]) * 10 + 9) % 20000),  # below those that the kernel hands out
     }
+
+
+def find_first_node(nodes: str) -> str:
+    """Address of the first of these nodes, written as Slurm writes them: gpu[003-005,9],cpu1. Its name where there is no scontrol to ask,
+    as in a container."""
+    if shutil.which("scontrol") is None:
+        first = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
+        return "".join(piece or "" for piece in first.groups())
+    first = ask_slurm("show", "hostnames", nodes).split()[0]
+    address = re.search(r"\bNodeAddr=(\S+)", ask_slurm("show", "node", "-o", first))  # names of nodes need not be names of hosts
+    return address[1] if address else first
 
 
 def ask_slurm(*words: str) -> str:
@@ -55,14 +67,16 @@ def ask_slurm(*words: str) -> str:
 def examine(paths: list[Path], disk_bytes: int, exchange_bytes: int, timeout_s: float) -> list[Finding] | None:
     """The findings of all hosts on rank 0, None on the other ranks."""
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    own = [replace(one, host=name) for one in host.check_host(paths, disk_bytes)] if is_first else []
+    own = [replace(one, host=name) for one in host.check_host(paths, disk_bytes, ranks)] if is_first else []
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return [*own, *(replace(one, host=name) for one in (*host.check_speed({0: hardware.matmul_tflops()}), *network.alone()))]
-    platform.init_distributed(timeout_s)
-    group = hardware.cpu_group()
+    platform.init_distributed(JOIN_S)
+    group = hardware.cpu_group(JOIN_S)
     answers: list[tuple] = [()] * dist.get_world_size()
     dist.all_gather_object(answers, (name, hardware.matmul_tflops(), own), group=group)
+    platform.limit_collectives(timeout_s)
     leaders: dict[str, int] = {}
     for rank, (place, _, _) in enumerate(answers):
         leaders.setdefault(place, rank)
@@ -84,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
     parser.add_argument("--disk_mib", type=int, default=256, help="MiB written to and read from each folder")
     parser.add_argument("--exchange_mib", type=int, default=64, help="MiB of the all-reduce between ranks")
-    parser.add_argument("--timeout_s", type=float, default=120.0, help="limit of every exchange between ranks")
+    parser.add_argument("--timeout_s", type=float, default=120.0, help="limit of every exchange between ranks once all have joined")
     options = parser.parse_args(argv)
     join_slurm_step()
     found = examine(options.path or [Path.cwd()], options.disk_mib * MIB, options.exchange_mib * MIB, options.timeout_s)

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from megatron_longvila.doctor.finding import NOTE, OK, PROBLEM, Finding, problem_if
@@ -22,12 +23,18 @@ from megatron_longvila.platform import hardware
 GIB, MIB = 2**30, 2**20
 TESTED = {"torch": ("2.11", "2.14"), "megatron-core": ("0.16.1", "0.16.2")}  # from, below
 PROGRAM_LIMIT_S = 120
+NO_LIMIT = 1 << 60  # what version 1 of control groups says instead of nothing is above this
 
 
-def check_host(paths: list[Path], disk_bytes: int) -> list[Finding]:
-    """Every check of this host; `paths` are the folders whose file systems are measured with `disk_bytes` each."""
+def check_host(paths: list[Path], disk_bytes: int, ranks: int | None = None) -> list[Finding]:
+    """Every check of this host.
+
+    Args:
+        paths: the folders whose file systems are measured with `disk_bytes` each.
+        ranks: of the job on this host; None: one for each device.
+    """
     found: list[Finding] = []
-    for check in (check_software, check_devices, check_links, check_optional, check_codecs, check_limits, check_clock):
+    for check in (check_software, check_devices, check_links, check_optional, check_codecs, partial(check_limits, ranks), check_clock):
         found += check()
     for path in dict.fromkeys(paths):
         found += check_disk(path, disk_bytes)
@@ -147,8 +154,8 @@ def check_codecs() -> Iterator[Finding]:
     yield problem_if(bool(fails), "codecs", value, reinstall)
 
 
-def check_limits() -> Iterator[Finding]:
-    """Shared memory, open files, locked memory, memory and processors of the job."""
+def check_limits(ranks: int | None = None) -> Iterator[Finding]:
+    """Shared memory, open files, locked memory, memory and processors of the job, which has `ranks` here."""
     shm = os.statvfs("/dev/shm")
     room = shm.f_bavail * shm.f_frsize
     yield problem_if(
@@ -165,13 +172,36 @@ def check_limits() -> Iterator[Finding]:
         "InfiniBand needs to lock memory: ulimit -l unlimited, LimitMEMLOCK=infinity of slurmd, docker --ulimit memlock=-1",
     )  # fmt: skip
     cpus = len(os.sched_getaffinity(0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or len(hardware.devices()) or 1
+    ranks = ranks or len(hardware.devices()) or 1
     yield problem_if(
         cpus < 2 * ranks, "processors", f"{cpus} for {ranks} ranks", "decoding threads need 4 or more each: raise --cpus-per-task", NOTE
     )
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and limit.read_text().strip() != "max":
-        yield Finding("memory limit", OK, f"{int(limit.read_text()) / GIB:.1f} GiB for this job")
+    limit = memory_limit(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))
+    if limit is not None:
+        yield Finding("memory limit", OK, f"{limit / GIB:.1f} GiB for this job")
+
+
+def memory_limit(groups: str, root: Path) -> int | None:
+    """The lowest limit in bytes on the way from this process's control group to the top, None without one.
+
+    Args:
+        groups: /proc/self/cgroup: lines number:controllers:path; version 2 has one, 0::path, version 1 one for the memory controller.
+        root: where the groups are mounted.
+    """
+    found = []
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, name = (root, "memory.max") if controllers == "" else (root / "memory", "memory.limit_in_bytes")
+        place = top / path.strip("/")
+        for folder in (place, *place.parents):
+            text = (folder / name).read_text().strip() if (folder / name).is_file() else "max"
+            if text != "max" and int(text) < NO_LIMIT:
+                found.append(int(text))
+            if folder == top:
+                break
+    return min(found, default=None)
 
 
 def check_clock() -> Iterator[Finding]:

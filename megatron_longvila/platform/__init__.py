@@ -61,6 +61,11 @@ def init_distributed(timeout_s: float) -> None:
     dist.init_process_group(backend(), init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout)
 
 
+def limit_collectives(timeout_s: float) -> None:
+    """Change what bounds every collective of the default group from now on. Every rank calls it."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
+
+
 def shutdown_distributed() -> None:
     """Leave the job; harmless when none was joined."""
     if dist.is_initialized():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -57,6 +58,6 @@ def matmul_tflops() -> float | None:
     return 2 * _MATMUL_SIZE**3 * _MATMUL_TIMES / (time.perf_counter() - start) / 1e12
 
 
-def cpu_group() -> dist.ProcessGroup:
-    """A group of all ranks for CPU tensors and small objects, whatever the job's backend. Collective."""
-    return dist.new_group(backend="gloo")
+def cpu_group(timeout_s: float) -> dist.ProcessGroup:
+    """A group of all ranks for CPU tensors and small objects, whatever the job's backend, with a limit of its own. Collective."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
