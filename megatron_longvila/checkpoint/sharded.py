@@ -41,6 +41,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 logger = logging.getLogger(__name__)
 
+SAVE_S = 3600.0  # how long ranks wait for each other in a save: some write more than others, and rank 0 brings all of it to the disk
+
 _PARTS = {"vision": "vision_tower.", "projector": "projector.", "llm": "language_model."}
 
 
@@ -96,6 +98,8 @@ class Checkpoints:
     def save(self, state: TrainingState, step: int) -> None:
         """Write `step_{step}`. With checkpoint.async_save this returns once the state is copied; `poll` or `wait` completes it.
 
+        Ranks wait for each other for up to SAVE_S here.
+
         Raises OSError with the sizes, from here or from what completes it, if the disk is too small; earlier checkpoints stay.
         """
         self.wait()
@@ -104,7 +108,8 @@ class Checkpoints:
             for leftover in self.root.glob(".step_*"):  # of a run that was killed while it wrote or removed
                 shutil.rmtree(leftover)
             folder.mkdir(parents=True)
-        dist.barrier()
+        with self._patience():
+            dist.barrier()
         metadata = _metadata(self.groups)
         model = state.model.sharded_state_dict(metadata=metadata)
         sharded = {
@@ -148,10 +153,21 @@ class Checkpoints:
                 self._pending.maybe_finalize_async_calls(blocking=True)
 
     @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Bound the collectives inside by SAVE_S instead of parallel.timeout_s."""
+        timeout_s = self.config.parallel.timeout_s
+        platform.limit_collectives(max(SAVE_S, timeout_s))
+        try:
+            yield
+        finally:
+            platform.limit_collectives(timeout_s)
+
+    @contextlib.contextmanager
     def _full_disk_explained(self) -> Iterator[None]:
         """Turn what the library raises on a full disk into an OSError with the sizes, and give the room of the unfinished folder back."""
         try:
-            yield
+            with self._patience():
+                yield
         except (Exception, CheckpointException) as error:  # which is no Exception
             full = explain(error, self.root, self._writing.folder, self._writing.needed, self._writing.step)
             if full is None:
@@ -166,8 +182,9 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest complete and undamaged checkpoint; those passed over are named in the log. Rank 0 looks, all ranks get its answer."""
-        found = [self._search() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(found, src=0)
+        with self._patience():
+            found = [self._search() if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(found, src=0)
         return found[0]
 
     def resume(self, state: TrainingState, folder: Path) -> int:
