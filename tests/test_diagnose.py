@@ -175,6 +175,7 @@ def test_nothing_found(write, tmp_path):
     assert diagnose(tmp_path, later)[0] == UNKNOWN and diagnose(tmp_path, later, exit_status=137)[0] == UNKNOWN
     code, text = diagnose(tmp_path, later, exit_status=1)  # no rank began, and no signal: a configuration error
     assert code == FINAL and "no rank got as far as its first heartbeat (exit status 1); a configuration error" in text
+    assert "or ranks that did not find each other" in text
     assert diagnose(tmp_path / "nowhere", 0.0)[0] == UNKNOWN
 
 

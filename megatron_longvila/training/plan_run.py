@@ -88,6 +88,7 @@ def describe_run(config: Config, mesh: Mesh, *, num_nodes: int) -> str:
         f"{data.global_batch_size * data.context_length:,} a step",
         f"video  up to {data.video.num_frames} frames of {frame_tokens} visual tokens (and a newline) in a sample; at most "
         f"{-(-data.video.num_frames // mesh.cp_size)} of its frames on a rank",
+        f"saves  {_saves(config)}",
         f"{'memory of a GPU':16}{'values':>16}{'trained':>16}{'weights':>12}{'gradients':>12}{'optimizer':>12}{'sum':>12}",
     ]
     for stage in range(mesh.pp_size):
@@ -98,6 +99,15 @@ def describe_run(config: Config, mesh: Mesh, *, num_nodes: int) -> str:
         )
     lines.append(f"  ({config.training.precision}; optimizer spread over dp x cp = {mesh.dp_size * mesh.cp_size}; activations come on top)")
     return "\n".join(lines)
+
+
+def _saves(config: Config) -> str:
+    """When a checkpoint is written."""
+    checkpoint = config.checkpoint
+    ends = "at the end and on a signal" if checkpoint.save_at_end else "on a signal"
+    if not checkpoint.save_interval:
+        return f"only {ends} (checkpoint.save_interval=0): a rank that is lost loses the whole run so far"
+    return f"every {checkpoint.save_interval} steps, {ends}; the last {checkpoint.keep_last} are kept"
 
 
 def _gib(size: int) -> str:

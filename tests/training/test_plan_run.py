@@ -88,4 +88,7 @@ def test_the_plan_of_a_real_model_by_hand() -> None:
     count = llm + tower + projector
     assert f"{count:,}" in text and f"{count * 12 / 16 / 2**30:.2f} GiB" in text and f"{count * 4 / 2**30:.2f} GiB" in text
     assert "16 ranks = 2 nodes x 8: tp 1 x ulysses 4 x ring 2 x dp 2 x pp 1" in text
+    assert "saves  only at the end and on a signal (checkpoint.save_interval=0): a rank that is lost loses the whole run so far" in text
+    every = replace(config, checkpoint=replace(config.checkpoint, save_interval=50, keep_last=3, save_at_end=False))
+    assert "saves  every 50 steps, on a signal; the last 3 are kept" in describe_run(every, check(every, 16), num_nodes=2)
     assert "4 rows a step = dp 2 x 2 micro-batches of one row; up to 32,768 tokens a row, 4,096 on each of cp 8 ranks" in text
