@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from megatron_longvila import watch
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check_device, check_inputs, refuse, resolve
 from megatron_longvila.config_io import load, parse
-from megatron_longvila.pulse import Pulse
+from megatron_longvila.pulse import Pulse, read_records
 
 
 def configure(argv: Sequence[str], *, world_size: int, gpus_per_host: int) -> Config:
@@ -58,9 +59,40 @@ def start_logging(rank: int) -> None:
     package.propagate = False
 
 
+def log_path(run_dir: Path, rank: int) -> Path:
+    """Where everything a rank says is kept."""
+    return run_dir / "logs" / f"rank_{rank:05d}.log"
+
+
+def check_alone(run_dir: Path, rank: int, limit_s: float = 30.0) -> None:
+    """Refuse to train beside another job in the same folder: each would remove what the other is writing.
+
+    Only a rank of the same host can be looked for. One that is about to end is given `limit_s`. Raises ValueError.
+    """
+    beat = read_records(run_dir, "beat", ranks=[rank]).get(rank)
+    if beat is None or beat["host"] != host_name() or beat["pid"] == os.getpid():
+        return
+    deadline = time.monotonic() + limit_s
+    while holds_open(beat["pid"], log_path(run_dir, rank)):  # its number alone may be another process's by now
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"output_dir={run_dir} is in use: process {beat['pid']} on this host trains there as rank {rank}; "
+                "end it or wait for it, or choose another output_dir"
+            )
+        time.sleep(0.2)
+
+
+def holds_open(pid: int, path: Path) -> bool:
+    """Whether a process has a file open; no for one that is gone or of another user."""
+    try:
+        return any(os.path.realpath(link) == os.path.realpath(path) for link in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+
+
 def open_log_file(run_dir: Path, rank: int) -> None:
     """Everything this rank says, with dates, also in RUN/logs/rank_00003.log; a resumed run goes on in the same file."""
-    path = run_dir / "logs" / f"rank_{rank:05d}.log"
+    path = log_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -82,6 +114,7 @@ def host_name() -> str:
 def take_pulse(config: Config, local_world_size: int) -> Pulse:
     """This rank's log file and heartbeat, and on the first rank of a host the watch over its ranks."""
     run_dir, rank = Path(config.output_dir), int(os.environ.get("RANK", "0"))
+    check_alone(run_dir, rank)
     open_log_file(run_dir, rank)
     watch.allow_debugger()
     pulse = Pulse(run_dir, rank, host_name(), timeout_s=config.parallel.timeout_s)

@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from megatron_longvila.config import ParallelConfig
 from megatron_longvila.config_io import load, parse, save
-from megatron_longvila.train import configure, continue_mesh
+from megatron_longvila.pulse import record_path, write_record
+from megatron_longvila.train import check_alone, configure, continue_mesh, host_name, log_path
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,6 +105,24 @@ def test_other_ranks_leave_a_mistake_to_the_first_one():
         other.wait(timeout=2)
     other.terminate()
     assert other.communicate(timeout=60)[1] == ""
+
+
+def test_two_jobs_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    path = log_path(tmp_path, 0)
+    path.parent.mkdir()
+    with open(path, "w") as log, subprocess.Popen(["sleep", "60"], stdout=log) as other:
+        beat = {"rank": 0, "host": host_name(), "pid": other.pid, "time_s": 1.0}
+        record_path(tmp_path, "beat", 0).parent.mkdir()
+        write_record(record_path(tmp_path, "beat", 0), beat)
+        with pytest.raises(ValueError, match=f"is in use: process {other.pid} on this host trains there as rank 0"):
+            check_alone(tmp_path, 0, limit_s=0.3)
+        check_alone(tmp_path, 1, limit_s=0.3)
+        write_record(record_path(tmp_path, "beat", 0), beat | {"host": "another"})
+        check_alone(tmp_path, 0, limit_s=0.3)
+        write_record(record_path(tmp_path, "beat", 0), beat)
+        threading.Timer(0.5, other.kill).start()
+        check_alone(tmp_path, 0, limit_s=30)  # it was about to end
+        assert other.wait() == -signal.SIGKILL
 
 
 HELD = """
