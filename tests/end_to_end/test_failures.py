@@ -131,7 +131,8 @@ def test_a_stopped_rank_is_named_before_the_job_falls(data: Path, tmp_path: Path
 
 def test_a_stuck_rank_is_named_with_what_it_does(data: Path, tmp_path: Path) -> None:
     output, since_s = tmp_path / "run", time.time()
-    code, text = start(*command(data, output, harm=("sleep", 1, 3)))
+    status, text = start(*command(data, output, harm=("sleep", 1, 3)))
+    assert status == 1, text
     code, said = diagnose(output, since_s, text)
     assert code == 10 and "rank 1: stuck, process state S (sleeping)" in said.splitlines()[0], said
     assert "its own account:" in said and "time.sleep(600)" in said and "rank 0 waited in " in said
@@ -159,6 +160,7 @@ def test_a_nan_gradient_stops_before_the_weights_change(data: Path, tmp_path: Pa
     code, said = diagnose(output, since_s, text)
     first = said.splitlines()[0]
     assert code == 20 and "FloatingPointError: step 3: the gradient is not finite; rank " in first and "samples row-" in first, said
+    assert "rank 1: 1 parameters from language_model.decoder.final_layernorm.weight on" in first, said  # where the harm was done
     assert (output / "checkpoints" / "latest").read_text() == "step_0000002\n"
 
 
