@@ -19,8 +19,10 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel", "squeue")
-NODES, CPUS = 2, 2
+NODES, CPUS, GRACE_S = 2, 2, 120
 
+# proctrack/pgid: a signal reaches the agent of a step and none of its ranks, each of which torchrun starts in a session of its own. So it
+# is with the cgroups of a real cluster, too. GPUs are devices that every machine has; the jobs that ask for them compute on the CPU.
 # cred_expire: a requeued job waits so long before it starts again (120 s by default). The grace time is long because a job that has saved
 # itself leaves early; SlurmdTimeout is how long a lost node stays unnoticed.
 CONF = """
@@ -40,6 +42,7 @@ SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdLogFile={folder}/log/slurmd-%n.log
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
+GresTypes=gpu
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -59,7 +62,7 @@ SlurmctldTimeout=60
 SlurmdTimeout=20
 InactiveLimit=0
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
+PartitionName=main Nodes={names} Default=YES MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
 PartitionName=urgent Nodes={names} Default=NO MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -108,6 +111,7 @@ class Cluster:
             f"--pid-file={self.folder}/run/munged.pid", f"--log-file={log}/munged.log", f"--seed-file={self.folder}/run/munge.seed",
         )  # fmt: skip
         self.conf.write_text(self._configuration())
+        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
         self._until(socket_path.exists, "munged opens its socket", 20)
         self._spawn("slurmctld", "slurmctld", "-D", "-i", "-f", self.conf)
         for name in self.names:
@@ -168,6 +172,10 @@ class Cluster:
         """sbatch; returns the job's number."""
         return int(self.run("sbatch", "--parsable", *words, **environment).strip())
 
+    def set_grace(self, seconds: int) -> None:
+        """How long a preempted job of `main` may take to leave."""
+        self.run("scontrol", "update", "PartitionName=main", f"GraceTime={seconds}")
+
     def preempt(self, seconds: float = 1.0) -> int:
         """Take both nodes for a moment by a job of higher priority."""
         return self.submit(
@@ -176,7 +184,8 @@ class Cluster:
 
     def show(self, job: int | str) -> dict[str, str]:
         """Fields of `scontrol show job`; a task of an array is "12_0"."""
-        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", job)))
+        text = self.run("scontrol", "show", "job", job)
+        return dict(re.findall(r"(\w+)=(\S*)", text)) | dict(re.findall(r"^ +(Std\w+)=(.*)$", text, re.MULTILINE))  # paths with spaces
 
     def wait(self, job: int | str, *states: str, timeout_s: float = 400.0) -> dict[str, str]:
         """The job's fields once it is in one of `states`. AssertionError with its log when it ends otherwise or takes too long."""
@@ -197,13 +206,14 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         ports = _free_ports(NODES + 1)
         lines = [
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{number} Port={ports[number]} CPUs={CPUS} RealMemory=4000 State=UNKNOWN"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{number} Port={ports[number]} CPUs={CPUS} RealMemory=4000 "
+            "Gres=gpu:2 State=UNKNOWN"
             for number, name in enumerate(self.names, 1)
         ]
         return CONF.format(
             host=host, controller_port=ports[0], user=pwd.getpwuid(os.getuid()).pw_name, folder=self.folder,
             first_job=os.getpid() % 1900 + 1,  # the ports of the jobs follow from it, and another cluster may run beside
-            nodes="\n".join(lines), names=",".join(self.names),
+            grace=GRACE_S, nodes="\n".join(lines), names=",".join(self.names),
         )  # fmt: skip
 
     def _spawn(self, name: str, *words: object) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from programs import ROOT, load_script, preprocess, read_lines, start
-from slurm_cluster import Cluster
+from slurm_cluster import GRACE_S, Cluster
 from slurm_runs import Slowness, await_step, losses
 
 pytestmark = pytest.mark.slurm
@@ -96,7 +96,12 @@ def test_the_chain_with_a_preemption_in_stage_3(world: Path, cluster: Cluster, t
     cluster.preempt()
     cluster.wait(stages[place], "PENDING")
     slow.set(step=0)
-    cluster.wait(needle, "COMPLETED", timeout_s=600)
+    cluster.wait(needle, "RUNNING", timeout_s=600)
+    cluster.set_grace(2)  # it does not leave by itself: nothing is to be saved
+    cluster.preempt()
+    cluster.wait(needle, "PENDING")
+    cluster.set_grace(GRACE_S)
+    assert cluster.wait(needle, "COMPLETED")["Restarts"] == "1"
     assert [cluster.show(job)["Restarts"] for job in stages] == [str(int(job == stages[place])) for job in stages]
     summary = json.loads((jobs / "summary.json").read_text())
     assert summary["finished"] and [stage["attempts"] for stage in summary["stages"]] == [1, 1, 2, 1, 1]

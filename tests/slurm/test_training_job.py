@@ -62,6 +62,7 @@ def test_whatever_takes_the_nodes_the_losses_stay(whole: Path, cluster: Cluster,
     output, slow = tmp_path / "run", Slowness(tmp_path / "slow.json")
     job = cluster.submit(*NODES, "--time=20", "--signal=B:USR1@90", SBATCH, *words(data, output), **slow.environment)
     at = random.randint(1, 6)
+    print(f"the first preemption comes after step {at}")
     await_step(output, at)
     cluster.preempt()
     cluster.wait(job, "PENDING")
@@ -97,7 +98,7 @@ def test_lost_ranks_are_restarted_inside_the_allocation(whole: Path, cluster: Cl
         await_end(pid)
     facts = cluster.wait(job, "FAILED")
     log = cluster.log(facts)
-    assert log.count("starting again inside the allocation from step_00000") == 2, log
+    assert log.count("starting again inside the allocation from the last complete checkpoint") == 2, log
     assert "host vn2, rank 3: killed by signal 9 (SIGKILL)" in log and "host vn1, rank 1: killed by signal 9 (SIGKILL)" in log, log
     assert "host vn2, rank 2: stopped, process state T" in log and "lost ranks 2 times without a new checkpoint" in log, log
     assert facts["Restarts"] == "0"
@@ -119,9 +120,12 @@ def test_an_exception_ends_the_job_and_its_dependents(cluster: Cluster, data: Pa
 
 
 def test_scancel_stays_cancelled(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    output, slow = tmp_path / "run", Slowness(tmp_path / "slow.json")
-    job = cluster.submit(*NODES, SBATCH, *words(data, output), **slow.environment)
+    """And while the job runs, no other one trains in its run directory."""
+    output, slow = tmp_path / "a run", Slowness(tmp_path / "slow.json")
+    job = cluster.submit("--nodes=2", f"--output={tmp_path}/the output.out", SBATCH, *words(data, output), **slow.environment)
     await_step(output, 2)
+    second = cluster.submit("--nodes=2", SBATCH, *words(data, output))
+    assert f"job {job} still trains in {output}" in cluster.log(cluster.wait(second, "FAILED"))
     cluster.run("scancel", job)
     await_file(output / "interrupted")
     step = json.loads((output / "interrupted").read_text())["step"]
@@ -129,10 +133,38 @@ def test_scancel_stays_cancelled(cluster: Cluster, data: Path, tmp_path: Path) -
     facts = cluster.wait(job, "CANCELLED")
     assert facts["Restarts"] == "0" and step < STEPS
     assert (output / "checkpoints" / "latest").read_text() == f"step_{step:07d}\n"
+    console = output / f"logs/job_{job}/start_1_try_1/console.log"
+    assert f"stopped by a signal after step {step}" in console.read_text()  # a path with a space is found
+
+
+def test_a_time_limit_that_leaves_no_time_fails(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    """It would train one step per start, for ever."""
+    output, slow = tmp_path / "run", Slowness(tmp_path / "slow.json")
+    slow.set(step=5)
+    job = cluster.submit(*NODES, "--time=3", "--signal=B:USR1@170", SBATCH, *words(data, output), **slow.environment)
+    facts = cluster.wait(job, "FAILED")
+    assert "the time limit (00:03:00) leaves no time to train" in cluster.log(facts) and facts["Restarts"] == "0"
+    assert (output / "checkpoints/latest").exists()
+
+
+def test_submitted_with_gpus(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    """By submit.sh as its header says: the ranks of a node are the GPUs that Slurm hands out."""
+    python = tmp_path / "python"  # the ranks compute on the CPU, whatever this machine has
+    python.write_text(f'#!/bin/bash\nCUDA_VISIBLE_DEVICES="" exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    line = ("--nodes", 2, "--gpus", 2, "--time=20", *words(data, tmp_path / "run", "--training.steps", 2))
+    settings = {"LONGVILA_PYTHON": python, "LONGVILA_RANKS_PER_NODE": 7, "LONGVILA_CPUS_PER_RANK": 1}
+    said = cluster.run("bash", SBATCH.parent / "submit.sh", *line, **settings)
+    assert "4 ranks = 2 nodes x 2" in said and "--gpus-per-node=2 --mem=0 --cpus-per-task=2" in said
+    facts = cluster.wait(int(said.split()[-1]), "COMPLETED")
+    assert ": 2 x 2 ranks, master" in cluster.log(facts) and len(losses(tmp_path / "run")) == 2
 
 
 def test_a_lost_node(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    """A job that one node is enough for goes on there; one that needs two waits, says so, and goes on when the node is back."""
+    """A job that one node is enough for goes on there; one that needs two waits, says so, and goes on when the node is back.
+
+    The last node, and the first one, where the batch script runs.
+    """
     small, large, slow = tmp_path / "small", tmp_path / "large", Slowness(tmp_path / "slow.json")
     slow.set(step=1.0)
     flags = ("--checkpoint.save_interval", 2, "--training.steps", 12)
@@ -150,15 +182,24 @@ def test_a_lost_node(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     assert facts["JobState"] == "PENDING" and facts["Restarts"] == "1"
     assert "Slurm has queued the job again: it waits until enough nodes are healthy" in cluster.log(facts), cluster.log(facts)
     cluster.start_node("vn2")
-    cluster.wait(second, "COMPLETED")
-    for output in (small, large):
+    slow.set(step=1.0)
+    await_step(large, 6)
+    cluster.lose_node("vn1")
+    slow.set(step=0.0)
+    facts = cluster.wait(second, "PENDING")
+    cluster.start_node("vn1")
+    facts = cluster.wait(second, "COMPLETED")
+    assert facts["Restarts"] == "2"
+    for job, output, starts in ((first, small, 2), (second, large, 3)):
         assert [step for step, _ in losses(output)] == list(range(1, 13))
+        assert cluster.log(cluster.show(job)).count("resumed from ") == starts - 1
 
 
 def test_conversion_answers_and_texts(whole: Path, cluster: Cluster, data: Path, tmp_path: Path) -> None:
     """The jobs around training: the run's checkpoint leaves in VILA's layout and answers its questions; texts are prepared by an array."""
     checkpoint, slurm = whole / f"checkpoints/step_{STEPS:07d}", SBATCH.parent
     export = cluster.submit(slurm / "convert.sbatch", "export", checkpoint, tmp_path / "vila", "--format", "vila")
+    back = cluster.submit(f"--dependency=afterok:{export}", slurm / "convert.sbatch", "import", tmp_path / "vila", tmp_path / "back")
     found = tmp_path / "answers.json"
     answers = ("answers", "--checkpoint", checkpoint, "--data", data / "dataset", "--output", found)
     mesh = ("--parallel.ulysses_size", 2, "--parallel.ring_size", 1)
@@ -168,10 +209,10 @@ def test_conversion_answers_and_texts(whole: Path, cluster: Cluster, data: Path,
         (tmp_path / f"texts/{number}.txt").write_text("What colour is the square? The square is red. " * 20)
     text = ("text", tmp_path / "texts", tmp_path / "parts", "--tokenizer", data / "tokenizer.model", "--context_length", 32)
     array = cluster.submit("--array=0-1", slurm / "preprocess.sbatch", *text)
-    for job in (export, answered, f"{array}_0", f"{array}_1"):
+    for job in (export, back, answered, f"{array}_0", f"{array}_1"):
         cluster.wait(job, "COMPLETED")
     assert (tmp_path / "vila/config.json").exists() and (tmp_path / "vila/llm").is_dir()
-    assert json.loads(found.read_text())
+    assert any((tmp_path / "back").iterdir()) and json.loads(found.read_text())
     rows = [json.loads((tmp_path / f"parts/part_000{part}/report.json").read_text())["accepted"] for part in range(2)]
     assert rows == [2, 1]
     other = cluster.submit("--array=0-2", slurm / "preprocess.sbatch", *text)
