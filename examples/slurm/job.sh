@@ -123,7 +123,8 @@ run_to_end() { # ASK COMMAND...: a command in the background; ASK is called once
 asked_s="" # when the ranks were asked to stop, in seconds since this shell began
 ask_step() { # the ranks through their agents; without --batch this shell gets none of it
   [[ -n $asked_s ]] || say "got $stop: asking all ranks to stop after their step and save"
-  scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null || true # no step yet, or none any more
+  # Fails without a step. While Slurm ends the job itself, and tells the agents, scancel would try for a minute and a half: into the next start.
+  timeout 4 scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null || true
   [[ -z $asked_s ]] || return 0
   asked_s=$SECONDS
   # Said at once: after a lost node this shell is killed before srun has ended.
