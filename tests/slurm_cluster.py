@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import pwd
 import re
@@ -19,7 +20,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel", "squeue")
-NODES, CPUS, GRACE_S = 2, 2, 120
+PAIRS, CPUS, GRACE_S = 3, 4, 120
 
 # proctrack/pgid: a signal reaches the agent of a step and none of its ranks, each of which torchrun starts in a session of its own. So it
 # is with the cgroups of a real cluster, too. GPUs are devices that every machine has; the jobs that ask for them compute on the CPU.
@@ -62,8 +63,10 @@ SlurmctldTimeout=60
 SlurmdTimeout=20
 InactiveLimit=0
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
-PartitionName=urgent Nodes={names} Default=NO MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
+"""
+PAIR = """
+PartitionName=main{pair} Nodes={names} MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
+PartitionName=urgent{pair} Nodes={names} MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -74,12 +77,26 @@ def missing_programs() -> list[str]:
 
 
 class Cluster:
-    """Nodes vn1 and vn2 of two CPUs each, a partition `main` and one, `urgent`, whose jobs preempt those of `main`."""
+    """Two virtual nodes with a partition for jobs and one whose jobs preempt those.
+
+    There are several such pairs, that tests which mostly wait can run side by side; `pair` is the same cluster seen from another one.
+    """
 
     def __init__(self, folder: Path):
-        self.folder, self.names = folder, [f"vn{number}" for number in range(1, NODES + 1)]
-        self.conf = folder / "slurm.conf"
+        self.folder, self.conf = folder, folder / "slurm.conf"
+        self.all_names = [f"vn{number}" for number in range(1, 2 * PAIRS + 1)]
+        self.number, self.names = 0, self.all_names[:2]
         self._daemons: dict[str, subprocess.Popen] = {}
+
+    def pair(self, number: int) -> Cluster:
+        """This cluster from its pair `number` of nodes; 0 is the first."""
+        other = copy.copy(self)
+        other.number, other.names = number, self.all_names[2 * number : 2 * number + 2]
+        return other
+
+    @property
+    def partition(self) -> str:
+        return f"main{self.number}"
 
     def environment(self, **more: object) -> dict[str, str]:
         """Of Slurm's commands and of the jobs: gloo on the loopback device, this interpreter, this checkout."""
@@ -87,6 +104,7 @@ class Cluster:
         own = {
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
             "SLURM_CONF": str(self.conf),
+            "SBATCH_PARTITION": self.partition,
             "LONGVILA_ROOT": str(ROOT),
             "LONGVILA_PYTHON": sys.executable,
             "LONGVILA_RANKS_PER_NODE": "2",
@@ -114,16 +132,16 @@ class Cluster:
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
         self._until(socket_path.exists, "munged opens its socket", 20)
         self._spawn("slurmctld", "slurmctld", "-D", "-i", "-f", self.conf)
-        for name in self.names:
+        for name in self.all_names:
             self.start_node(name)
-        self._until(lambda: self.idle() == NODES, "both nodes are idle", 60)
+        self._until(lambda: self.idle() == len(self.all_names), "all nodes are idle", 60)
 
     def stop(self) -> None:
         """Cancel all jobs, end the daemons by the process ids known since their start, and whatever of the jobs is still there."""
         if "slurmctld" in self._daemons:
             for job in set(self.run("squeue", "-h", "-o", "%A", check=False).split()):
                 self.run("scancel", "--full", "--signal=KILL", job, check=False)
-        for name in (*self.names, "slurmctld", "munged"):
+        for name in (*self.all_names, "slurmctld", "munged"):
             self._end(name)
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -165,22 +183,25 @@ class Cluster:
 
     def idle(self) -> int:
         """Nodes that wait for work; 0 as well while Slurm does not answer yet."""
-        text = self.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False).strip()
-        return int(text) if text.isdigit() else 0
+        return len(set(re.findall(r"^vn\d+$", self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False), re.MULTILINE)))
 
     def submit(self, *words: object, **environment: object) -> int:
         """sbatch; returns the job's number."""
         return int(self.run("sbatch", "--parsable", *words, **environment).strip())
 
-    def set_grace(self, seconds: int) -> None:
-        """How long a preempted job of `main` may take to leave."""
-        self.run("scontrol", "update", "PartitionName=main", f"GraceTime={seconds}")
+    @contextlib.contextmanager
+    def grace(self, seconds: int) -> Iterator[None]:
+        """Inside, a preempted job has so long to leave, and KillWait, instead of GRACE_S."""
+        self.run("scontrol", "update", f"PartitionName={self.partition}", f"GraceTime={seconds}")
+        try:
+            yield
+        finally:
+            self.run("scontrol", "update", f"PartitionName={self.partition}", f"GraceTime={GRACE_S}")
 
     def preempt(self, seconds: float = 1.0) -> int:
         """Take both nodes for a moment by a job of higher priority."""
-        return self.submit(
-            "--partition=urgent", f"--nodes={NODES}", f"--cpus-per-task={CPUS}", "--output=/dev/null", f"--wrap=sleep {seconds}"
-        )
+        words = (f"--partition=urgent{self.number}", "--nodes=2", f"--cpus-per-task={CPUS}", "--output=/dev/null")
+        return self.submit(*words, f"--wrap=sleep {seconds}")
 
     def show(self, job: int | str) -> dict[str, str]:
         """Fields of `scontrol show job`; a task of an array is "12_0"."""
@@ -204,17 +225,19 @@ class Cluster:
 
     def _configuration(self) -> str:
         host = socket.gethostname().split(".")[0]
-        ports = _free_ports(NODES + 1)
+        ports = _free_ports(len(self.all_names) + 1)
         lines = [
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{number} Port={ports[number]} CPUs={CPUS} RealMemory=4000 "
             "Gres=gpu:2 State=UNKNOWN"
-            for number, name in enumerate(self.names, 1)
+            for number, name in enumerate(self.all_names, 1)
         ]
-        return CONF.format(
+        pairs = [PAIR.format(pair=number, names=",".join(self.pair(number).names), grace=GRACE_S) for number in range(PAIRS)]
+        text = CONF.format(
             host=host, controller_port=ports[0], user=pwd.getpwuid(os.getuid()).pw_name, folder=self.folder,
             first_job=os.getpid() % 1900 + 1,  # the ports of the jobs follow from it, and another cluster may run beside
-            grace=GRACE_S, nodes="\n".join(lines), names=",".join(self.names),
+            nodes="\n".join(lines),
         )  # fmt: skip
+        return text + "".join(pairs)
 
     def _spawn(self, name: str, *words: object) -> None:
         with open(self.folder / "log" / f"{name}.out", "a") as log:

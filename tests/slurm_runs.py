@@ -10,6 +10,22 @@ import psutil
 from programs import ROOT, read_lines
 from slurm_cluster import Cluster
 
+STEPS = 24
+SBATCH = ROOT / "examples/slurm/train.sbatch"
+NODES = ("--nodes=2", "--cpus-per-task=2")
+ONE_RANK = {"LONGVILA_RANKS_PER_NODE": 1}  # what needs no more starts in half the time
+
+
+def words(data: Path, output: Path, *flags: object) -> list[str]:
+    """CONFIG and flags: ulysses inside a node, ring across the two."""
+    found = (
+        ROOT / "examples/models/tiny.yaml", "--output_dir", output, "--data.train", f"[{data}/dataset]", "--data.tokenizer",
+        f"{data}/tokenizer.model", "--data.template", "plain", "--model.llm.vocab_size", 448, "--data.context_length", 128,
+        "--data.global_batch_size", 2, "--optimizer.lr", 0.001, "--training.steps", STEPS, "--parallel.ulysses_size", 2,
+        "--parallel.ring_size", 2, "--logging.sample_ids", "true", *flags,
+    )  # fmt: skip
+    return list(map(str, found))
+
 
 def losses(output: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_lines(output / "metrics.jsonl")]

@@ -9,12 +9,13 @@ import pytest
 from programs import ROOT
 from slurm_cluster import Cluster
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("beside")]
 
 
 def test_two_nodes(cluster: Cluster) -> None:
     words = [sys.executable, "-m", "megatron_longvila.doctor", "--disk_mib", "4", "--exchange_mib", "1", "--json"]
-    step = ["srun", "--quiet", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--output=doctor.json", "--error=doctor.err"]
+    step = ["srun", "--quiet", f"--partition={cluster.partition}", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1"]
+    step += ["--output=doctor.json", "--error=doctor.err"]
     said = cluster.run(*step, *words, check=False, timeout_s=400, PYTHONPATH=ROOT)
     text = (cluster.folder / "doctor.json").read_text()
     assert text, said + (cluster.folder / "doctor.err").read_text()

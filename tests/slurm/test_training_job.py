@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from programs import ROOT, start
+from programs import start
 from slurm_cluster import Cluster
-from slurm_runs import Slowness, await_end, await_file, await_log, await_rank, await_step, losses
+from slurm_runs import NODES, ONE_RANK, SBATCH, STEPS, Slowness, await_file, await_log, await_step, losses, words
 
-pytestmark = pytest.mark.slurm
-
-STEPS = 24
-SBATCH = ROOT / "examples/slurm/train.sbatch"
-NODES = ("--nodes=2", "--cpus-per-task=2")
-
-
-def words(data: Path, output: Path, *flags: object) -> list[str]:
-    """CONFIG and flags: ulysses inside a node, ring across the two."""
-    found = (
-        ROOT / "examples/models/tiny.yaml", "--output_dir", output, "--data.train", f"[{data}/dataset]", "--data.tokenizer",
-        f"{data}/tokenizer.model", "--data.template", "plain", "--model.llm.vocab_size", 448, "--data.context_length", 128,
-        "--data.global_batch_size", 2, "--optimizer.lr", 0.001, "--training.steps", STEPS, "--parallel.ulysses_size", 2,
-        "--parallel.ring_size", 2, "--logging.sample_ids", "true", *flags,
-    )  # fmt: skip
-    return list(map(str, found))
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("beside")]
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: Cluster, data: Path, tmp_path_factory) -> Path:
-    """The run that nothing disturbs."""
-    output = tmp_path_factory.mktemp("whole") / "run"
-    job = cluster.submit(*NODES, SBATCH, *words(data, output))
-    cluster.wait(job, "COMPLETED")
-    return output
+def submitted(cluster: Cluster, data: Path, tmp_path_factory) -> tuple[str, Path, str]:
+    """The run that nothing disturbs, submitted with GPUs by submit.sh as its header says: what that printed, the run, the job's log."""
+    folder = tmp_path_factory.mktemp("whole")
+    python = folder / "python"  # the ranks compute on the CPU, whatever this machine has
+    python.write_text(f'#!/bin/bash\nCUDA_VISIBLE_DEVICES="" exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    settings = {"LONGVILA_PYTHON": python, "LONGVILA_RANKS_PER_NODE": 7, "LONGVILA_CPUS_PER_RANK": 1}
+    line = ("--nodes", 2, "--gpus", 2, "--time=20", *words(data, folder / "run"))
+    said = cluster.run("bash", SBATCH.parent / "submit.sh", *line, **settings)
+    return said, folder / "run", cluster.log(cluster.wait(int(said.split()[-1]), "COMPLETED"))
+
+
+@pytest.fixture(scope="module")
+def whole(submitted: tuple[str, Path, str]) -> Path:
+    return submitted[1]
+
+
+def test_the_ranks_of_a_node_are_the_gpus_that_slurm_hands_out(submitted: tuple[str, Path, str]) -> None:
+    said, _, log = submitted
+    assert "4 ranks = 2 nodes x 2" in said and "--gpus-per-node=2 --mem=0 --cpus-per-task=2" in said
+    assert ": 2 x 2 ranks, master" in log
 
 
 def test_two_nodes_train_what_one_process_trains(whole: Path, data: Path, tmp_path: Path) -> None:
@@ -58,71 +57,57 @@ def minutes_since_start(cluster: Cluster, job: int) -> int:
 
 
 def test_whatever_takes_the_nodes_the_losses_stay(whole: Path, cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    """A preemption at a random step, one with a save of 40 s, an operator's requeue, and the time limit, all in the life of one job."""
+    """A preemption at a random step, with a save of 40 s, an operator's requeue, and the time limit, all in the life of one job."""
     output, slow = tmp_path / "run", Slowness(tmp_path / "slow.json")
     job = cluster.submit(*NODES, "--time=20", "--signal=B:USR1@90", SBATCH, *words(data, output), **slow.environment)
     at = random.randint(1, 6)
-    print(f"the first preemption comes after step {at}")
+    print(f"the preemption comes after step {at}")
     await_step(output, at)
-    cluster.preempt()
-    cluster.wait(job, "PENDING")
-    await_step(output, at + 4)
     slow.set(step=1, save=40)
     cluster.preempt()
     cluster.wait(job, "PENDING")
     slow.set(step=1)
-    await_step(output, at + 8)
+    await_step(output, at + 4)
     cluster.run("scontrol", "requeue", job)
     cluster.wait(job, "PENDING")
-    await_step(output, at + 12)
+    await_step(output, at + 8)
     slow.set(step=8)  # Slurm looks at time limits twice a minute
     cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes_since_start(cluster, job) + 2}")
     cluster.wait(job, "PENDING")
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     slow.set(step=0)
     facts = cluster.wait(job, "COMPLETED")
-    assert facts["Restarts"] == "4" and not (output / "interrupted").exists()
+    assert facts["Restarts"] == "3" and not (output / "interrupted").exists()
     assert losses(output) == losses(whole), cluster.log(facts)  # to the last bit
 
 
-def test_lost_ranks_are_restarted_inside_the_allocation(whole: Path, cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    """A killed and a stopped rank, named with host and cause; a third loss before the next checkpoint is one too many."""
-    output, slow = tmp_path / "run", Slowness(tmp_path / "slow.json")
-    flags = ("--checkpoint.save_interval", 6, "--parallel.timeout_s", 40)
-    job = cluster.submit(*NODES, SBATCH, *words(data, output, *flags), LONGVILA_MAX_RESTARTS=1, **slow.environment)
-    after = cluster.submit(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap=true")
-    lost = [(3, signal.SIGKILL), (2, signal.SIGSTOP), (1, signal.SIGKILL)]
-    for (rank, number), step in zip(lost, (7, 13, 14), strict=True):
-        pid = await_rank(output, rank, step)
-        os.kill(pid, number)
-        await_end(pid)
-    facts = cluster.wait(job, "FAILED")
-    log = cluster.log(facts)
-    assert log.count("starting again inside the allocation from the last complete checkpoint") == 2, log
-    assert "host vn2, rank 3: killed by signal 9 (SIGKILL)" in log and "host vn1, rank 1: killed by signal 9 (SIGKILL)" in log, log
-    assert "host vn2, rank 2: stopped, process state T" in log and "lost ranks 2 times without a new checkpoint" in log, log
-    assert facts["Restarts"] == "0"
-    done = losses(output)
-    assert len(done) >= 13 and done == losses(whole)[: len(done)]  # to the last bit
-    assert cluster.wait(after, "CANCELLED")
-
-
-def test_an_exception_ends_the_job_and_its_dependents(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "data"
-    shutil.copytree(data, broken)
-    for shard in broken.glob("dataset/shards/*.tar"):
+@pytest.fixture(scope="module")
+def ends(cluster: Cluster, data: Path, tmp_path_factory) -> dict[str, tuple[int, Path]]:
+    """Jobs that end before their last step, side by side: each one's number and run directory."""
+    folder = tmp_path_factory.mktemp("ends")
+    slow = Slowness(folder / "slow.json")
+    slow.set(step=3)
+    shutil.copytree(data, folder / "data")
+    for shard in folder.glob("data/dataset/shards/*.tar"):
         shard.write_bytes(bytes(shard.stat().st_size))
-    job = cluster.submit(*NODES, SBATCH, *words(broken, tmp_path / "run", "--data.max_bad_fraction", 0.0))
-    after = cluster.submit(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap=true")
-    log = cluster.log(cluster.wait(job, "FAILED"))
-    assert "Traceback (most recent call last)" in log and "is not started again" in log and "try 2" not in log, log
-    assert cluster.wait(after, "CANCELLED")
+
+    def submit(output: Path, data: Path, *options: str) -> tuple[int, Path]:
+        flags = ("--parallel.ulysses_size", 1, "--data.max_bad_fraction", 0.0)
+        line = ("--nodes=2", *options, SBATCH, *words(data, output, *flags))
+        return cluster.submit(*line, **slow.environment, **ONE_RANK), output
+
+    jobs = {
+        "cancelled": submit(folder / "a run", data, f"--output={folder}/the output.out"),
+        "hurried": submit(folder / "hurried", data, "--time=3", "--signal=B:USR1@170"),
+        "broken": submit(folder / "broken", folder / "data"),
+    }
+    after = cluster.submit(f"--dependency=afterok:{jobs['broken'][0]}", "--kill-on-invalid-dep=yes", "--wrap=true")
+    return jobs | {"after the broken one": (after, folder)}
 
 
-def test_scancel_stays_cancelled(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+def test_scancel_stays_cancelled(cluster: Cluster, data: Path, ends: dict[str, tuple[int, Path]]) -> None:
     """And while the job runs, no other one trains in its run directory."""
-    output, slow = tmp_path / "a run", Slowness(tmp_path / "slow.json")
-    job = cluster.submit("--nodes=2", f"--output={tmp_path}/the output.out", SBATCH, *words(data, output), **slow.environment)
+    job, output = ends["cancelled"]
     await_step(output, 2)
     second = cluster.submit("--nodes=2", SBATCH, *words(data, output))
     assert f"job {job} still trains in {output}" in cluster.log(cluster.wait(second, "FAILED"))
@@ -137,62 +122,18 @@ def test_scancel_stays_cancelled(cluster: Cluster, data: Path, tmp_path: Path) -
     assert f"stopped by a signal after step {step}" in console.read_text()  # a path with a space is found
 
 
-def test_a_time_limit_that_leaves_no_time_fails(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+def test_an_exception_ends_the_job_and_its_dependents(cluster: Cluster, ends: dict[str, tuple[int, Path]]) -> None:
+    log = cluster.log(cluster.wait(ends["broken"][0], "FAILED"))
+    assert "Traceback (most recent call last)" in log and "is not started again" in log and "try 2" not in log, log
+    assert cluster.wait(ends["after the broken one"][0], "CANCELLED")
+
+
+def test_a_time_limit_that_leaves_no_time_fails(cluster: Cluster, ends: dict[str, tuple[int, Path]]) -> None:
     """It would train one step per start, for ever."""
-    output, slow = tmp_path / "run", Slowness(tmp_path / "slow.json")
-    slow.set(step=5)
-    job = cluster.submit(*NODES, "--time=3", "--signal=B:USR1@170", SBATCH, *words(data, output), **slow.environment)
+    job, output = ends["hurried"]
     facts = cluster.wait(job, "FAILED")
     assert "the time limit (00:03:00) leaves no time to train" in cluster.log(facts) and facts["Restarts"] == "0"
     assert (output / "checkpoints/latest").exists()
-
-
-def test_submitted_with_gpus(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    """By submit.sh as its header says: the ranks of a node are the GPUs that Slurm hands out."""
-    python = tmp_path / "python"  # the ranks compute on the CPU, whatever this machine has
-    python.write_text(f'#!/bin/bash\nCUDA_VISIBLE_DEVICES="" exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    line = ("--nodes", 2, "--gpus", 2, "--time=20", *words(data, tmp_path / "run", "--training.steps", 2))
-    settings = {"LONGVILA_PYTHON": python, "LONGVILA_RANKS_PER_NODE": 7, "LONGVILA_CPUS_PER_RANK": 1}
-    said = cluster.run("bash", SBATCH.parent / "submit.sh", *line, **settings)
-    assert "4 ranks = 2 nodes x 2" in said and "--gpus-per-node=2 --mem=0 --cpus-per-task=2" in said
-    facts = cluster.wait(int(said.split()[-1]), "COMPLETED")
-    assert ": 2 x 2 ranks, master" in cluster.log(facts) and len(losses(tmp_path / "run")) == 2
-
-
-def test_a_lost_node(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    """A job that one node is enough for goes on there; one that needs two waits, says so, and goes on when the node is back.
-
-    The last node, and the first one, where the batch script runs.
-    """
-    small, large, slow = tmp_path / "small", tmp_path / "large", Slowness(tmp_path / "slow.json")
-    slow.set(step=1.0)
-    flags = ("--checkpoint.save_interval", 2, "--training.steps", 12)
-    one = ("--parallel.ulysses_size", 2, "--parallel.ring_size", 1)
-    first = cluster.submit("--nodes=1-2", SBATCH, *words(data, small, *flags, *one), **slow.environment)
-    second = cluster.submit("--nodes=2", SBATCH, *words(data, large, *flags), **slow.environment)
-    await_step(small, 3)
-    await_step(large, 3)
-    assert cluster.show(first)["NumNodes"] == "2"
-    cluster.lose_node("vn2")
-    slow.set(step=0.0)
-    facts = cluster.wait(first, "COMPLETED")
-    assert facts["NodeList"] == "vn1" and facts["Restarts"] == "1"
-    facts = cluster.show(second)
-    assert facts["JobState"] == "PENDING" and facts["Restarts"] == "1"
-    assert "Slurm has queued the job again: it waits until enough nodes are healthy" in cluster.log(facts), cluster.log(facts)
-    cluster.start_node("vn2")
-    slow.set(step=1.0)
-    await_step(large, 6)
-    cluster.lose_node("vn1")
-    slow.set(step=0.0)
-    facts = cluster.wait(second, "PENDING")
-    cluster.start_node("vn1")
-    facts = cluster.wait(second, "COMPLETED")
-    assert facts["Restarts"] == "2"
-    for job, output, starts in ((first, small, 2), (second, large, 3)):
-        assert [step for step, _ in losses(output)] == list(range(1, 13))
-        assert cluster.log(cluster.show(job)).count("resumed from ") == starts - 1
 
 
 def test_conversion_answers_and_texts(whole: Path, cluster: Cluster, data: Path, tmp_path: Path) -> None:
@@ -218,3 +159,13 @@ def test_conversion_answers_and_texts(whole: Path, cluster: Cluster, data: Path,
     other = cluster.submit("--array=0-2", slurm / "preprocess.sbatch", *text)
     facts = cluster.wait(f"{other}_1", "FAILED")
     assert "was begun with 2 tasks and this array has 3" in cluster.log(facts)
+
+
+def test_lost_ranks_are_restarted_inside_the_allocation(whole: Path, beside: dict[str, Future]) -> None:
+    """And what they do then is what the undisturbed run does, to the last bit."""
+    done = beside["test_lost_ranks_are_restarted_inside_the_allocation"].result()
+    assert len(done) >= 13 and done == losses(whole)[: len(done)]
+
+
+def test_a_lost_node(beside: dict[str, Future]) -> None:
+    beside["test_a_lost_node"].result()

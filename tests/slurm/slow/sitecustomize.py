@@ -1,7 +1,7 @@
-"""Imported by every Python whose PYTHONPATH names this folder: makes training slow, for tests that act while it runs.
+"""Imported by every Python whose PYTHONPATH names this folder: makes a run slow, for tests that act while it lasts.
 
-SLOW_FILE names a JSON file {"step": seconds, "save": seconds}, read each time: what rank 0 waits after a step, before its heartbeat, and
-before a checkpoint gets its name.
+SLOW_FILE names a JSON file {"step": seconds, "save": seconds, "cell": seconds}, read each time: what rank 0 waits after a step, before its
+heartbeat, before a checkpoint gets its name, and before the needles of a cell are written down.
 """
 
 import json
@@ -15,7 +15,7 @@ if "SLOW_FILE" in os.environ and "RANK" in os.environ:
         if event != "os.rename":  # os.replace raises it too
             return
         target = os.path.basename(os.fsdecode(arguments[1]))
-        kind = "step" if target == "heartbeat.json" else "save" if target.startswith("step_") else None
+        kind = "save" if target.startswith("step_") else {"heartbeat.json": "step", "trials.jsonl": "cell"}.get(target)
         if kind is not None:
             with open(os.environ["SLOW_FILE"]) as stream:
                 time.sleep(json.load(stream).get(kind, 0.0))
