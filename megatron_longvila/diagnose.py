@@ -5,7 +5,8 @@
 The first lines name host, rank and cause. The exit code says what to do:
 
     0   the run stopped after a save because it was asked to (its marker is there)
-    10  a rank was lost to a signal, or ranks waited for each other beyond the limit: starting again from the last checkpoint makes sense
+    10  a rank was lost to a signal, or the launcher when its ranks had left, or ranks waited for each other beyond the limit: starting
+        again from the last checkpoint makes sense
     20  an exception, a loss that is not finite, a full disk, a configuration error: starting again would end the same way.
         (A configuration error leaves no record: it is what an --exit_status below 128 without any heartbeat means; ranks that the launcher
         could not bring together leave none either, so the report names both.)
@@ -102,7 +103,8 @@ def diagnose(run_dir: Path, since_s: float, exit_status: int | None = None, log:
         left = "every rank left as it should" if beats else "no rank got as far as its first heartbeat"
         cause = "; a configuration error, a program that does not start, or ranks that did not find each other" if refused else ""
         text = f"{run_dir} names no cause: {left}{describe_status(exit_status)}{cause}; see the job's log"
-        return (FINAL if refused else UNKNOWN), text
+        late = bool(beats) and exit_status is not None and exit_status > 128  # the launcher was killed when its ranks had left
+        return (FINAL if refused else RESTARTABLE if late else UNKNOWN), text
     causes.sort(key=lambda cause: (cause.is_guess, cause.time_s))
     code = RESTARTABLE if causes[0].restartable else FINAL
     return code, report(causes, failures.keys() | aborted, stalls)

@@ -169,8 +169,10 @@ def test_leaving_with_a_code_of_its_own_is_final(write, tmp_path):
 def test_nothing_found(write, tmp_path):
     for rank in range(4):
         write("beat", rank, phase="ended")
-    code, text = diagnose(tmp_path, START_S, exit_status=137)
-    assert code == UNKNOWN and "every rank left as it should (exit status 137, killed by signal 9 (SIGKILL))" in text
+    code, text = diagnose(tmp_path, START_S, exit_status=1)
+    assert code == UNKNOWN and "every rank left as it should (exit status 1)" in text
+    code, text = diagnose(tmp_path, START_S, exit_status=137)  # the launcher was killed: a new start finds what is left to do, if anything
+    assert code == RESTARTABLE and "every rank left as it should (exit status 137, killed by signal 9 (SIGKILL))" in text
     later = START_S + 100
     assert diagnose(tmp_path, later)[0] == UNKNOWN and diagnose(tmp_path, later, exit_status=137)[0] == UNKNOWN
     code, text = diagnose(tmp_path, later, exit_status=1)  # no rank began, and no signal: a configuration error
