@@ -1,6 +1,6 @@
 """Why a job ended, from what its ranks left in the run directory (`pulse.py`). Torch-free; for batch scripts and people.
 
-    python -m megatron_longvila.diagnose RUN_DIR --since UNIX_TIME [--exit_status N] [--log FILE]
+    python -m megatron_longvila.diagnose RUN_DIR --since UNIX_TIME [--exit_status N] [--num_ranks N] [--log FILE]
 
 The first lines name host, rank and cause. The exit code says what to do:
 
@@ -9,7 +9,7 @@ The first lines name host, rank and cause. The exit code says what to do:
         again from the last checkpoint makes sense
     20  an exception, a loss that is not finite, a full disk, a configuration error: starting again would end the same way.
         (A configuration error leaves no record: it is what an --exit_status below 128 without any heartbeat means; ranks that the launcher
-        could not bring together leave none either, so the report names both.)
+        could not bring together leave none either, so the report names both. With --num_ranks, ranks that have none while others have.)
     30  the run directory says nothing about it
 """
 
@@ -66,12 +66,15 @@ class Cause:
     details: str
 
 
-def diagnose(run_dir: Path, since_s: float, exit_status: int | None = None, log: Path | None = None) -> tuple[int, str]:
+def diagnose(
+    run_dir: Path, since_s: float, exit_status: int | None = None, log: Path | None = None, num_ranks: int | None = None
+) -> tuple[int, str]:
     """(exit code, report) of the part of the run that began at `since_s` (Unix time).
 
     Args:
         exit_status: of the launcher, for the report.
         log: the launcher's output; torchrun names there the signal that ended a rank.
+        num_ranks: of the job; what is known if all of them have begun.
     """
     marker = run_dir / MARKER
     if marker.exists() and marker.stat().st_mtime >= since_s:
@@ -90,6 +93,10 @@ def diagnose(run_dir: Path, since_s: float, exit_status: int | None = None, log:
             causes.append(describe_seen(rank, record, signals))
     if not causes:
         causes = [describe_seen(rank, seen[rank], signals) for rank in aborted if rank not in failures]
+    unborn = [rank for rank in range(num_ranks or 0) if rank not in beats]
+    if not causes and beats and unborn and not signals:  # the others were ended because of it: their silence or echoes are no cause
+        text = f"{run_dir}: {name_ranks(unborn)} never began, {name_ranks(beats)} did{describe_status(exit_status)}"
+        return FINAL, f"{text}; a configuration error, or a program that does not start on their host: see their output in the job's log"
     if not causes:
         silent = {rank: beat for rank, beat in beats.items() if rank not in failures and beat["phase"] != ENDED}
         spoke = {beats[rank]["host"] for rank in failures if rank in beats}
@@ -244,9 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--since", type=float, default=0.0, help="Unix time at which the launcher was started; older records are ignored")
     parser.add_argument("--exit_status", type=int, help="of the launcher")
+    parser.add_argument("--num_ranks", type=int, help="of the job")
     parser.add_argument("--log", type=Path, help="output of the launcher")
     options = parser.parse_args(argv)
-    code, text = diagnose(options.run_dir, options.since, options.exit_status, options.log)
+    code, text = diagnose(options.run_dir, options.since, options.exit_status, options.log, options.num_ranks)
     sys.stdout.write(text + "\n")
     return code
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from programs import ROOT, load_script, preprocess, read_lines, start
 from slurm_cluster import Cluster
-from slurm_runs import NODES, ONE_RANK, SBATCH, Slowness, await_end, await_rank, await_step, losses, words
+from slurm_runs import NODES, ONE_RANK, SBATCH, Slowness, await_end, await_log, await_rank, await_step, losses, resumed, words
 
 QUICKSTART, SLURM = ROOT / "examples/quickstart", ROOT / "examples/slurm"
 COUNTS = {"images": 48, "albums": 8, "short_videos": 16, "long_videos": 8, "stories": 8}
@@ -27,6 +27,8 @@ STAGES = {
     "long_sft": ("5_long_sft", ["long"]),
 }
 PREEMPTED, STAGE_STEPS = "short_sft", 6
+TIMEOUT_S = 40  # parallel.timeout_s of the ranks that are lost
+LAUNCHER_S = 60  # what torchrun, srun, the diagnosis and the interpreters take, on a busy machine
 MESH = ("--parallel.ring_size", 2, "--parallel.ring_transport", "p2p")  # one rank a node: twice as many would take the time twice
 
 
@@ -104,6 +106,8 @@ def run_chain(cluster: Cluster, data: Path, folder: Path) -> None:
     slow.set(cell=0)
     assert cluster.wait(needle, "COMPLETED")["Restarts"] == "1"
     assert [cluster.show(job)["Restarts"] for job in stages] == [str(int(job == stages[place])) for job in stages]
+    (step,) = resumed(cluster.log(cluster.show(stages[place])))
+    assert 2 <= step < STAGE_STEPS  # the save of the preempted start, not once more from the beginning
     summary = json.loads((jobs / "summary.json").read_text())
     assert summary["finished"] and [stage["attempts"] for stage in summary["stages"]] == [1, 1, 2, 1, 1]
     stage = ("--chain", folder / "chain.yaml", "--output_dir", jobs, "--stage", "alignment")
@@ -164,20 +168,22 @@ def lose_ranks(cluster: Cluster, data: Path, folder: Path) -> list[tuple[int, fl
     Returns the losses of the steps done.
     """
     output, slow = folder / "run", Slowness(folder / "slow.json")
-    flags = ("--checkpoint.save_interval", 6, "--parallel.timeout_s", 40)
+    flags = ("--checkpoint.save_interval", 6, "--parallel.timeout_s", TIMEOUT_S)
     job = cluster.submit(*NODES, SBATCH, *words(data, output, *flags), LONGVILA_MAX_RESTARTS=1, **slow.environment)
     after = cluster.submit(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap=true")
     lost = [(3, signal.SIGKILL), (2, signal.SIGSTOP), (1, signal.SIGKILL)]
-    for (rank, number), step in zip(lost, (7, 13, 14), strict=True):
+    for place, ((rank, number), step) in enumerate(zip(lost, (7, 13, 14), strict=True)):
         pid = await_rank(output, rank, step)
         os.kill(pid, number)
-        await_end(pid)
+        await_end(pid, TIMEOUT_S + LAUNCHER_S)
+        if place < 2:
+            await_log(cluster, job, f"try {place + 2} on", LAUNCHER_S)
     facts = cluster.wait(job, "FAILED")
     log = cluster.log(facts)
     assert log.count("starting again inside the allocation from the last complete checkpoint") == 2, log
     first, last = cluster.names
     assert f"host {last}, rank 3: killed by signal 9 (SIGKILL)" in log and f"host {first}, rank 1: killed by signal 9 (SIGKILL)" in log, log
     assert f"host {last}, rank 2: stopped, process state T" in log and "lost ranks 2 times without a new checkpoint" in log, log
-    assert facts["Restarts"] == "0"
+    assert facts["Restarts"] == "0" and resumed(log) == [6, 12]
     assert cluster.wait(after, "CANCELLED")
     return losses(output)

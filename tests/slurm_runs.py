@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -55,11 +56,16 @@ def await_rank(output: Path, rank: int, step: int) -> int:
         time.sleep(0.05)
 
 
-def await_end(pid: int) -> None:
+def resumed(log: str) -> list[int]:
+    """The steps from which the starts of a job went on."""
+    return list(map(int, re.findall(r"resumed from .*\(step (\d+)", log)))
+
+
+def await_end(pid: int, timeout_s: float) -> None:
     """Of a process."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + timeout_s
     while psutil.pid_exists(pid):
-        assert time.monotonic() < deadline, f"process {pid} is still there"
+        assert time.monotonic() < deadline, f"process {pid} is still there after {timeout_s} s"
         time.sleep(0.1)
 
 
@@ -70,9 +76,9 @@ def await_file(path: Path) -> None:
         time.sleep(0.1)
 
 
-def await_log(cluster: Cluster, job: int, text: str) -> dict[str, str]:
+def await_log(cluster: Cluster, job: int, text: str, timeout_s: float = 120.0) -> dict[str, str]:
     """The job's fields once its log holds a text."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + timeout_s
     while text not in (log := cluster.log(facts := cluster.show(job))):
         assert time.monotonic() < deadline, log
         time.sleep(0.3)

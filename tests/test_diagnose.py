@@ -150,6 +150,17 @@ def test_everything_on_the_only_host_is_killed(status, verdict, write, tmp_path)
     assert diagnose(tmp_path, START_S, exit_status=status)[0] == verdict
 
 
+@pytest.mark.parametrize(("num_ranks", "verdict"), [(4, FINAL), (2, RESTARTABLE)])
+def test_a_host_whose_ranks_never_began_is_no_lost_host(num_ranks, verdict, write, tmp_path):
+    """A wrong path on one node ends its ranks; srun then kills those of the other, which had begun."""
+    for rank in (2, 3):
+        record_path(tmp_path, "beat", rank).unlink()
+    code, text = diagnose(tmp_path, START_S, exit_status=137, num_ranks=num_ranks)
+    assert code == verdict and ("ranks 2-3 never began, ranks 0-1 did" in text) == (verdict == FINAL)
+    (tmp_path / "log").write_text("Signal 9 (SIGKILL) received by PID 103\n")  # a rank of that host
+    assert diagnose(tmp_path, START_S, exit_status=137, log=tmp_path / "log", num_ranks=num_ranks)[0] == RESTARTABLE
+
+
 def test_a_time_out_of_all_ranks_shows_where_they_waited(write, tmp_path):
     for rank in range(4):
         failure(write, rank, "DistBackendError", "Watchdog caught collective operation timeout")

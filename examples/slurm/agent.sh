@@ -3,6 +3,7 @@
 # One torchrun agent: what train.sbatch and evaluate.sbatch start on every node. Usage (inside a job step): agent.sh LOG_DIR WORDS...
 #
 # Rank 0 writes to the console, every rank to LOG_DIR/node_N/.../RANK/stdout.log and stderr.log.
+trap '' USR1 TERM # until `listen`: a shell that dies here would end a job that is asked to save as one that failed
 set -uo pipefail
 if (($# < 2)) || [[ -z ${SLURM_STEP_ID:-} ]]; then
   sed -n '3,5s/^#  *//p' "${BASH_SOURCE[0]}" >&2

@@ -58,12 +58,12 @@ check_time_limit() { # a job that is asked to stop as soon as it starts would tr
   for word in "${sbatch_words[@]}"; do [[ $word != --time=* ]] || limit=${word#*=}; done
   has_option --signal || [[ -n ${SBATCH_SIGNAL:-} ]] && return 0
   seconds=$(seconds_of "$limit")
-  [[ -z $seconds ]] || ((seconds > LEAD_S + 120)) ||
+  [[ -z $seconds || $seconds == 0 ]] || ((seconds > LEAD_S + 120)) ||
     fail "a time limit of $limit ($seconds s) leaves no time to train: the ranks are asked to save $LEAD_S s before it; use --time of more" \
       "than $(((LEAD_S + 120) / 60)) minutes, or a shorter --signal=B:USR1@SECONDS (a save, one step and a minute)"
 }
 
-seconds_of() { # LIMIT as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Nothing for UNLIMITED, none, and what is not of these
+seconds_of() { # LIMIT as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. 0 is no limit. Nothing for UNLIMITED, none, and what is not of these
   local days=0 clock=$1 parts
   [[ $1 =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || return 0
   if [[ $1 == *-* ]]; then

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 from programs import start
 from slurm_cluster import Cluster
-from slurm_runs import NODES, ONE_RANK, SBATCH, STEPS, Slowness, await_file, await_log, await_step, losses, words
+from slurm_runs import NODES, ONE_RANK, SBATCH, STEPS, Slowness, await_file, await_log, await_step, losses, resumed, words
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("beside")]
 
@@ -78,11 +81,18 @@ def test_whatever_takes_the_nodes_the_losses_stay(whole: Path, cluster: Cluster,
     slow.set(step=0)
     facts = cluster.wait(job, "COMPLETED")
     assert facts["Restarts"] == "3" and not (output / "interrupted").exists()
-    assert losses(output) == losses(whole), cluster.log(facts)  # to the last bit
+    log = cluster.log(facts)
+    assert losses(output) == losses(whole), log  # to the last bit
+    # Each start went on from the save before it: one that began anew would come to the same losses.
+    steps = resumed(log)
+    assert len(steps) == 3 and steps[0] >= at and steps[1] >= at + 4 and steps[2] >= at + 8 and "try 2" not in log, log
+
+
+SMALL_DISK = ("--training.steps", 8, "--checkpoint.save_interval", 2, "--checkpoint.keep_last", 3)
 
 
 @pytest.fixture(scope="module")
-def ends(cluster: Cluster, data: Path, tmp_path_factory) -> dict[str, tuple[int, Path]]:
+def ends(cluster: Cluster, data: Path, tmp_path_factory, request) -> dict[str, tuple[int, Path]]:
     """Jobs that end before their last step, side by side: each one's number and run directory."""
     folder = tmp_path_factory.mktemp("ends")
     slow = Slowness(folder / "slow.json")
@@ -91,12 +101,18 @@ def ends(cluster: Cluster, data: Path, tmp_path_factory) -> dict[str, tuple[int,
     for shard in folder.glob("data/dataset/shards/*.tar"):
         shard.write_bytes(bytes(shard.stat().st_size))
 
-    def submit(output: Path, data: Path, *options: str) -> tuple[int, Path]:
-        flags = ("--parallel.ulysses_size", 1, "--data.max_bad_fraction", 0.0)
+    def submit(output: Path, data: Path, *options: str, flags: tuple = ()) -> tuple[int, Path]:
+        flags = ("--parallel.ulysses_size", 1, "--data.max_bad_fraction", 0.0, *flags)
         line = ("--nodes=2", *options, SBATCH, *words(data, output, *flags))
         return cluster.submit(*line, **slow.environment, **ONE_RANK), output
 
+    disk = folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], check=True)  # whoever may start Slurm's daemons may mount
+    request.addfinalizer(lambda: subprocess.run(["umount", "-l", disk], check=True))
     jobs = {
+        "on a full disk": submit(disk / "run", data, flags=SMALL_DISK),
+        "not finite": submit(folder / "nan", data, flags=("--optimizer.lr", 1e30, "--checkpoint.save_interval", 1)),
         "cancelled": submit(folder / "a run", data, f"--output={folder}/the output.out"),
         "hurried": submit(folder / "hurried", data, "--time=3", "--signal=B:USR1@170"),
         "broken": submit(folder / "broken", folder / "data"),
@@ -126,6 +142,33 @@ def test_an_exception_ends_the_job_and_its_dependents(cluster: Cluster, ends: di
     log = cluster.log(cluster.wait(ends["broken"][0], "FAILED"))
     assert "Traceback (most recent call last)" in log and "is not started again" in log and "try 2" not in log, log
     assert cluster.wait(ends["after the broken one"][0], "CANCELLED")
+
+
+def test_a_loss_that_is_not_finite_ends_the_job(cluster: Cluster, ends: dict[str, tuple[int, Path]]) -> None:
+    job, output = ends["not finite"]
+    log = cluster.log(cluster.wait(job, "FAILED"))
+    found = re.search(r"FloatingPointError: step (\d+): .*is not finite", log)
+    assert found and "samples row-" in log and "is not started again" in log and "try 2" not in log, log
+    assert (output / "checkpoints/latest").read_text() == f"step_{int(found[1]) - 1:07d}\n"
+
+
+def test_a_full_disk_ends_the_job_and_a_cut_checkpoint_is_passed_over(
+    cluster: Cluster, data: Path, ends: dict[str, tuple[int, Path]]
+) -> None:
+    job, output = ends["on a full disk"]
+    log = cluster.log(cluster.wait(job, "FAILED"))
+    good = (output / "checkpoints/latest").read_text().strip()
+    assert "OSError: [Errno 28] the checkpoint of step" in log and f"the last checkpoint, {good}, is as it" in log, log
+    assert " needs " in log and " free; " in log and "is not started again" in log and "try 2" not in log
+    subprocess.run(["mount", "-o", "remount,size=80m", output.parent], check=True)
+    line = ("--nodes=2", SBATCH, *words(data, output, "--parallel.ulysses_size", 1, "--data.max_bad_fraction", 0.0, *SMALL_DISK))
+    cluster.wait(cluster.submit(*line, **ONE_RANK), "COMPLETED")
+    newest = output / "checkpoints/step_0000008"
+    largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size - 1)
+    log = cluster.log(cluster.wait(cluster.submit(*line, **ONE_RANK), "COMPLETED"))
+    assert f"skipped checkpoint {newest}: {largest.name} has {largest.stat().st_size} bytes instead of" in log and resumed(log) == [6], log
+    assert [step for step, _ in losses(output)] == list(range(1, 9))
 
 
 def test_a_time_limit_that_leaves_no_time_fails(cluster: Cluster, ends: dict[str, tuple[int, Path]]) -> None:
