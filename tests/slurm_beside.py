@@ -155,10 +155,11 @@ def lose_nodes(cluster: Cluster, data: Path, folder: Path) -> None:
     facts = cluster.wait(second, "PENDING")
     cluster.start_node(cluster.names[0])
     facts = cluster.wait(second, "COMPLETED")
-    assert facts["Restarts"] == "2"
+    # Or once more: a job that starts on the node just when its daemon does is missed there and queued again, in Slurm's own way.
+    assert facts["Restarts"] in ("2", "3")
     for job, output, starts in ((first, small, 2), (second, large, 3)):
         assert [step for step, _ in losses(output)] == list(range(1, 13))
-        # Or once more: a node that is back soon may still get the order to end the step that it lost, and ends the new one of that number.
+        # Once more than needed, too: a node that is back soon may still get the order to end the step that it lost, and ends the new one.
         assert cluster.log(cluster.show(job)).count("resumed from ") in (starts - 1, starts)
 
 
