@@ -67,7 +67,7 @@ def notes(count: int, most_tokens: int, rng: np.random.Generator) -> list[dict]:
     """Rows of texts of up to `most_tokens` tokens that tell what two to eight cards say, and questions about some of them like `quizzes`.
 
     They belong to the language model's own training: it then reads the questions, and says the colour that was asked for, before it sees a
-    picture. Left to the pictures' stages alone this came late or not at all: of one run's 190 needles, 188 signs were read and 73 warm
+    picture. Left to the pictures' stages alone this came late or not at all: of one run's 190 needles, 188 signs were read and 75
     colours named wrongly, which the question itself spells.
     """
     rows = []
