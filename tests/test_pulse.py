@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from megatron_longvila import train
 from megatron_longvila.config import Config
@@ -58,12 +59,7 @@ def test_beats_and_failures(tmp_path: Path) -> None:
 
 
 def test_a_failure_on_a_full_disk_is_recorded(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system needs the right to mount one: {done.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "disk", "1m") as disk:
         pulse = Pulse(disk, 0)
         with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as stream:
             while stream.write(b"x" * 4096):
@@ -73,8 +69,6 @@ def test_a_failure_on_a_full_disk_is_recorded(tmp_path: Path) -> None:
         pulse.fail(OSError(errno.ENOSPC, "the checkpoint needs " + "\u00e9" * 2000))
         record = read_records(disk, "failure")[0]
         assert record["type"] == "OSError" and record["message"].endswith("\u00e9") and "the checkpoint needs" in record["traceback"]
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_of_a_long_traceback_the_end_is_kept(tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from megatron_longvila.config import CheckpointConfig, Config, OptimizerConfig, ParallelConfig, TrainingConfig
 from ranks import RankError, run_ranks
@@ -24,16 +24,11 @@ def make_config(**checkpoint) -> Config:
     )
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(name="small_disk")
+def _small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system needs the right to mount one: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with small_disk(tmp_path / "disk", "24m") as folder:
+        yield folder
 
 
 def _save(rank: int, root: str, config: Config, sizes: dict, steps: tuple[int, ...], look_before: bool) -> tuple[int, int]:
