@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from programs import ROOT, environment, read_lines, start, write_question_videos
+from small_disk import small_disk
 
 pytestmark = pytest.mark.kill
 
@@ -166,14 +167,9 @@ def test_a_nan_gradient_stops_before_the_weights_change(data: Path, tmp_path: Pa
 
 def test_a_full_disk_then_room_and_a_cut_checkpoint(data: Path, tmp_path: Path) -> None:
     """The run stops with the sizes and its checkpoint; with room it goes on; a checkpoint cut short is named and passed over."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system needs the right to mount one: {done.stderr.strip()}")
-    output, since_s = disk / "run", time.time()
     flags = ("--training.steps", 8, "--checkpoint.keep_last", 3)
-    try:
+    with small_disk(tmp_path / "disk", "12m") as disk:
+        output, since_s = disk / "run", time.time()
         code, text = start(*command(data, output, *flags))
         assert code == 1, text
         code, said = diagnose(output, since_s, text)
@@ -194,5 +190,3 @@ def test_a_full_disk_then_room_and_a_cut_checkpoint(data: Path, tmp_path: Path) 
         code, text = start(*command(data, output, *flags))
         assert code == 0 and f"skipped checkpoint {newest}: {largest.name} has {cut} bytes instead of" in text, text
         assert "step_0000006 (step 6" in text and "finished after step 8" in text
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
