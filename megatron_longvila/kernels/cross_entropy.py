@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 4096  # values of one step of a row
+COLUMNS = 8192  # values of one step of a row
 
 
 @triton.jit

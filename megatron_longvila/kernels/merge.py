@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PAIRS = 16  # (row, head) pairs of one program
+PAIRS = 8  # (row, head) pairs of one program
 
 
 @triton.jit

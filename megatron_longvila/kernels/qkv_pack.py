@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Rows of one program. A program holds BLOCK x H / 2 cosines and sines in registers for all heads of a group.
-FORWARD_ROWS, BACKWARD_ROWS = 16, 32
+FORWARD_ROWS, BACKWARD_ROWS = 16, 64
 COPY_COLUMNS = 1024
 
 

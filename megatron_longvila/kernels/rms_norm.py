@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Programs of the backward pass at most: each sums the weight's gradient over its rows and writes one fp32 line of D values.
-BACKWARD_PROGRAMS = 512
+BACKWARD_PROGRAMS = 1024
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 1024  # values of one program
+COLUMNS = 2048  # values of one program
 
 
 @triton.jit
