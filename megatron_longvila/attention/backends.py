@@ -10,7 +10,9 @@ is built, and an unknown one is refused. To add a torch version: print `live_sch
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -97,14 +99,10 @@ class Backend(Protocol):
     def packed_rows(self, num_heads: int, head_dim: int) -> int:
         """Rows of the longest sample that is faster in one call together with its neighbours than in a call of its own; 0: none."""
 
-    def forward_packed(
-        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...], ends: Tensor, *, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """`forward` of several causal samples, one after the other. `ends`: 0 and the last row + 1 of each, int32 on the device."""
+    def forward_packed(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, lengths, key_lengths, *, causal: bool, scale: float):
+        """`forward` of several samples, one after the other, with so many rows and keys each (tuples of int)."""
 
-    def backward_packed(
-        self, grad_out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_TN, lengths: tuple[int, ...], ends: Tensor, *, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_packed(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, lengths, key_lengths, *, causal: bool, scale: float):
         """`backward` of the same."""
 
 
@@ -115,16 +113,17 @@ class _OneByOne:
         """Never: there is nothing to gain."""
         return 0
 
-    def forward_packed(self, q_TNH, k_TKH, v_TKH, lengths, ends, *, scale: float) -> tuple[Tensor, Tensor]:
+    def forward_packed(self, q_TNH, k_SKH, v_SKH, lengths, key_lengths, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         """See `Backend.forward_packed`."""
-        samples = zip(*(x.split(lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True)
-        outs, lses = zip(*(self.forward(*sample, causal=True, scale=scale) for sample in samples), strict=True)
+        samples = zip(q_TNH.split(lengths), *(x.split(key_lengths) for x in (k_SKH, v_SKH)), strict=True)
+        outs, lses = zip(*(self.forward(*sample, causal=causal, scale=scale) for sample in samples), strict=True)
         return torch.cat(outs), torch.cat(lses)
 
-    def backward_packed(self, grad_out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_TN, lengths, ends, *, scale: float):
+    def backward_packed(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, lengths, key_lengths, *, causal: bool, scale: float):
         """See `Backend.backward_packed`."""
-        samples = zip(*(x.split(lengths) for x in (grad_out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_TN)), strict=True)
-        grads = [self.backward(*sample, causal=True, scale=scale) for sample in samples]
+        sizes = lengths, lengths, key_lengths, key_lengths, lengths, lengths
+        samples = zip(*map(Tensor.split, (grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN), sizes), strict=True)
+        grads = [self.backward(*sample, causal=causal, scale=scale) for sample in samples]
         return tuple(torch.cat(parts) for parts in zip(*grads, strict=True))
 
 
@@ -239,25 +238,20 @@ class _AtenBackend:
         dq, dk, dv = self._backward(grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal, scale)
         return dq[:num_rows], dk[:num_keys], dv[:num_keys]
 
-    def forward_packed(
-        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...], ends: Tensor, *, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward_packed(self, q_TNH, k_SKH, v_SKH, lengths, key_lengths, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         """FlashAttention-2, whatever the backend: it takes samples of any length in one call. See `Backend.forward_packed`."""
-        longest = max(lengths)
         out_TNH, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
-            q_TNH, k_TKH, v_TKH, ends, ends, longest, longest, 0.0, True, False, scale=scale
+            q_TNH, k_SKH, v_SKH, *_ends(lengths, key_lengths, q_TNH.device), 0.0, causal, False, scale=scale
         )
         assert lse_NT.shape == (q_TNH.shape[1], q_TNH.shape[0]), lse_NT.shape
         return out_TNH, lse_NT.t()
 
-    def backward_packed(
-        self, grad_out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_TN, lengths: tuple[int, ...], ends: Tensor, *, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_packed(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, lengths, key_lengths, *, causal: bool, scale: float):
         """See `Backend.backward_packed`."""
         unused = torch.empty(2, dtype=torch.uint64, device=q_TNH.device)  # random state of the dropout that is never applied
-        tensors = grad_out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_TN.t().contiguous()
-        longest = max(lengths)
-        return torch.ops.aten._flash_attention_backward(*tensors, ends, ends, longest, longest, 0.0, True, unused, unused, scale=scale)
+        tensors = grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN.t().contiguous()
+        ends = _ends(lengths, key_lengths, q_TNH.device)
+        return torch.ops.aten._flash_attention_backward(*tensors, *ends, 0.0, causal, unused, unused, scale=scale)
 
     def packed_rows(self, num_heads: int, head_dim: int) -> int:
         """Where the time of the slower kernel outgrows what each call of the faster one costs before it computes."""
@@ -374,6 +368,13 @@ def check_schemas(*names: str) -> None:
                 f"install a known torch, set model.attention_backend to 'reference', or check the change, run tests/gpu "
                 f"and add the schema to ACCEPTED_SCHEMAS"
             )
+
+
+@lru_cache(maxsize=64)
+def _ends(lengths: tuple[int, ...], key_lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Where samples begin, and the last one ends, among rows and among keys, int32 [samples + 1] each; the most rows and keys of one."""
+    ends = [torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (lengths, key_lengths)]
+    return *ends, max(lengths), max(key_lengths)
 
 
 def _repeat_kv(x_SKH: Tensor, num_heads: int) -> Tensor:

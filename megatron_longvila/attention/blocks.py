@@ -6,7 +6,7 @@ Planned once for each layout, rank and device. Shapes: R ranks, S rows of a shar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,17 +18,54 @@ from megatron_longvila.parallel.plan import SequenceLayout, share_order
 
 
 @dataclass(frozen=True, eq=False)
+class Scattered:
+    """Rows that are no neighbours, in the order in which they are taken. int64 [rows]."""
+
+    rows: np.ndarray
+
+
+Rows = slice | Scattered
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """Queries `q` (rows of the share) that see every key of `k` (rows of some buffer), or the keys up to their own with `causal`.
 
     Attributes:
-        lengths: rows of each sample in a causal block of several; a row then sees keys of its own sample alone.
+        lengths, key_lengths: rows and keys of each sample in a block of several; a row then sees keys of its own sample alone.
     """
 
-    q: slice
-    k: slice
+    q: Rows
+    k: Rows
     causal: bool = False
     lengths: tuple[int, ...] = ()
+    key_lengths: tuple[int, ...] = ()
+
+
+def take(x: Tensor, rows: Rows) -> Tensor:
+    """Rows of x: a view of neighbours, a copy of scattered ones."""
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, _index(rows, x.device))
+
+
+def put(x: Tensor, rows: Rows, values: Tensor) -> None:
+    """Write rows of x."""
+    if isinstance(rows, slice):
+        x[rows].copy_(values)
+    else:
+        x.index_copy_(0, _index(rows, x.device), values)
+
+
+def add(x: Tensor, rows: Rows, values: Tensor) -> None:
+    """Add to rows of x, which each occur once."""
+    if isinstance(rows, slice):
+        x[rows] += values
+    else:
+        x.index_add_(0, _index(rows, x.device), values.to(x.dtype))
+
+
+@lru_cache(maxsize=256)
+def _index(rows: Scattered, device: torch.device) -> Tensor:
+    return torch.from_numpy(rows.rows).to(device)
 
 
 @lru_cache(maxsize=64)
@@ -42,8 +79,7 @@ def own_blocks(layout: SequenceLayout, tile: int | None = None, short: int = 0) 
     for is_short, run in itertools.groupby(_samples(layout), lambda sample: sample[0].stop - sample[0].start <= short):
         samples = [rows for rows, _ in run]
         if is_short and len(samples) > 1:
-            rows = slice(samples[0].start, samples[-1].stop)
-            causal.append(Block(rows, rows, causal=True, lengths=tuple(one.stop - one.start for one in samples)))
+            causal.append(_joined([(rows, rows) for rows in samples], causal=True))
             continue
         for rows in samples:
             edges = _edges(rows, tile)
@@ -55,43 +91,36 @@ def own_blocks(layout: SequenceLayout, tile: int | None = None, short: int = 0) 
 
 
 @lru_cache(maxsize=64)
-def sample_ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where samples of these lengths begin, and the last one ends. int32 [samples + 1]."""
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=64)
-def gathered_blocks(layout: SequenceLayout, rank: int, tile: int | None = None) -> tuple[Block, ...]:
+def gathered_blocks(layout: SequenceLayout, rank: int, tile: int | None = None, short: int = 0) -> tuple[Block, ...]:
     """Rectangles against the other ranks' keys; `k` counts rows of the padded pack, where each rectangle's chunks are neighbours.
 
-    Of the gathered shares, one after the other, where `fits_as_gathered`.
+    Of the gathered shares, one after the other, where `fits_as_gathered`. `tile` and `short`: as in `own_blocks`.
     """
     if fits_as_gathered(layout):
         share = slice(0, layout.share_rows)
         half = layout.share_rows // 2
-        both = Block(slice(half, share.stop), slice(share.stop, 2 * share.stop)) if rank == 0 else Block(share, slice(0, half))
-        return tuple(_cut([both], tile))
-    blocks = []
+        both = (slice(half, share.stop), slice(share.stop, 2 * share.stop)) if rank == 0 else (share, slice(0, half))
+        return tuple(_cut(*both, tile))
+    rectangles = []
     for rows, chunk in _samples(layout):
         start = rows.start * layout.ring_size
-        if rank > 0:
-            blocks.append(Block(rows, slice(start, start + rank * chunk)))
-        if rank < layout.ring_size - 1:
-            between = slice(start + (rank + 1) * chunk, start + (2 * layout.ring_size - 1 - rank) * chunk)
-            blocks.append(Block(slice(rows.start + chunk, rows.stop), between))
-    return tuple(_cut(blocks, tile))
+        before = (rows, slice(start, start + rank * chunk))
+        between = slice(start + (rank + 1) * chunk, start + (2 * layout.ring_size - 1 - rank) * chunk)
+        after = (slice(rows.start + chunk, rows.stop), between)
+        rectangles.append([before] * (rank > 0) + [after] * (rank < layout.ring_size - 1))
+    return _grouped(rectangles, layout, tile, short)
 
 
 @lru_cache(maxsize=256)
-def visiting_blocks(layout: SequenceLayout, rank: int, source: int, tile: int | None = None) -> tuple[Block, ...]:
-    """Rectangles against the rows that rank `source` sends to `rank`; `k` counts those rows."""
-    blocks, start = [], 0
+def visiting_blocks(layout: SequenceLayout, rank: int, source: int, tile: int | None = None, short: int = 0) -> tuple[Block, ...]:
+    """Rectangles against the rows that rank `source` sends to `rank`; `k` counts those rows. `tile` and `short`: as in `own_blocks`."""
+    rectangles, start = [], 0
     for rows, chunk in _samples(layout):
         sent = chunk if source < rank else 2 * chunk
         queries = rows if source < rank else slice(rows.start + chunk, rows.stop)
-        blocks.append(Block(queries, slice(start, start + sent)))
+        rectangles.append([(queries, slice(start, start + sent))])
         start += sent
-    return tuple(_cut(blocks, tile))
+    return _grouped(rectangles, layout, tile, short)
 
 
 @lru_cache(maxsize=128)
@@ -123,14 +152,37 @@ def _edges(rows: slice, tile: int | None) -> list[int]:
     return [*range(rows.start, rows.stop, tile), rows.stop]
 
 
-def _cut(blocks: list[Block], tile: int | None) -> list[Block]:
-    """Rectangles with at most two tiles of keys each."""
-    return [
-        Block(block.q, slice(start, stop))
-        for block in blocks
-        for edges in [_edges(block.k, tile)]
-        for start, stop in zip(edges, edges[1:], strict=False)
-    ]
+def _cut(q: slice, k: slice, tile: int | None) -> list[Block]:
+    """A rectangle in pieces with at most two tiles of keys each."""
+    edges = _edges(k, tile)
+    return [Block(q, slice(start, stop)) for start, stop in zip(edges, edges[1:], strict=False)]
+
+
+def _grouped(rectangles: list[list[tuple[slice, slice]]], layout: SequenceLayout, tile: int | None, short: int) -> tuple[Block, ...]:
+    """Blocks of the (queries, keys) of each sample, as many for one as for another; those of short neighbours are one block."""
+    blocks = []
+    of_samples = zip(layout.share_sample_lengths, rectangles, strict=True)
+    for is_short, run in itertools.groupby(of_samples, lambda sample: sample[0] <= short):
+        for same in zip(*(of_sample for _, of_sample in run), strict=True):
+            if is_short and len(same) > 1:
+                blocks.append(_joined(same))
+            else:
+                blocks += [piece for q, k in same for piece in _cut(q, k, tile)]
+    return tuple(blocks)
+
+
+def _joined(parts: Iterable[tuple[slice, slice]], causal: bool = False) -> Block:
+    """One block of the (queries, keys) of several samples."""
+    queries, keys = zip(*parts, strict=True)
+    sizes = [tuple(rows.stop - rows.start for rows in side) for side in (queries, keys)]
+    return Block(_neighbours(queries), _neighbours(keys), causal, *sizes)
+
+
+def _neighbours(parts: tuple[slice, ...]) -> Rows:
+    """One slice, if each part begins where the one before ends."""
+    if all(one.stop == other.start for one, other in itertools.pairwise(parts)):
+        return slice(parts[0].start, parts[-1].stop)
+    return Scattered(np.concatenate([np.arange(rows.start, rows.stop) for rows in parts]))
 
 
 def fits_as_gathered(layout: SequenceLayout) -> bool:

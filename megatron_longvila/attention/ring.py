@@ -32,14 +32,18 @@ from torch.distributed import ProcessGroup
 from megatron_longvila.attention.backends import Backend
 from megatron_longvila.attention.blocks import (
     Block,
+    Rows,
+    Scattered,
+    add,
     fits_as_gathered,
     gathered_blocks,
     gathered_row,
     num_sent,
     own_blocks,
     pack_row,
-    sample_ends,
+    put,
     sent_rows,
+    take,
     visiting_blocks,
 )
 from megatron_longvila.kernels.choice import REFERENCE, Kernels
@@ -86,13 +90,13 @@ def attend(q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, call: RingCall) -> tuple
         (out_SNH, lse_SN, the keys and values received from other ranks, which `gradients` wants back).
     """
     assert q_SNH.shape[0] == call.layout.share_rows, (tuple(q_SNH.shape), call.layout)
-    visits = visits_of(call, k_SKH.shape[1], call.backend.forward_tile)
+    visits = visits_of(call, k_SKH.shape[1], call.backend.forward_tile, _short(q_SNH, call))
     arriving = _send_kv(k_SKH, v_SKH, visits, call)
     running = _Softmax(q_SNH, k_SKH, v_SKH, call)  # while keys and values travel
     kept = []
     for kv, visit in zip(arriving, visits, strict=True):
         for block in visit.blocks:
-            running.add(block, *kv[block.k].chunk(2, dim=1), visit.query_heads(q_SNH, k_SKH))
+            running.add(block, *take(kv, block.k).chunk(2, dim=1), visit.query_heads(q_SNH, k_SKH))
         kept.append(kv)
     return *running.result(), kept
 
@@ -114,7 +118,7 @@ def gradients(
     q, k, v = saved[:3]
     if call.layout.ring_size == 1:
         return _own_gradients(grad_out, saved, call, packed)
-    visits, dtype = visits_of(call, k.shape[1]), accumulation_dtype(q.dtype)
+    visits, dtype = visits_of(call, k.shape[1], short=_short(q, call)), accumulation_dtype(q.dtype)
     dq_parts, returning = [], []
     dq = q.new_zeros(q.shape, dtype=dtype) if call.transport == "p2p" and call.layout.ring_size >= LONG_RING else None
     for kv, visit in zip(kept, visits, strict=True):
@@ -149,23 +153,24 @@ class Visit:
         return slice(self.kv_heads.start * group, self.kv_heads.stop * group)
 
 
-def visits_of(call: RingCall, num_kv_heads: int, tile: int | None = None) -> tuple[Visit, ...]:
-    """Every transfer to this rank, in the order of arrival."""
-    return _planned_visits(call.layout, call.rank, call.transport, num_kv_heads, HEAD_GROUPS if call.crosses_hosts else 1, tile)
+def visits_of(call: RingCall, num_kv_heads: int, tile: int | None = None, short: int = 0) -> tuple[Visit, ...]:
+    """Every transfer to this rank, in the order of arrival. `tile` and `short`: as in `own_blocks`."""
+    groups = HEAD_GROUPS if call.crosses_hosts else 1
+    return _planned_visits(call.layout, call.rank, call.transport, num_kv_heads, groups, tile, short)
 
 
 @lru_cache(maxsize=64)
 def _planned_visits(
-    layout: SequenceLayout, rank: int, transport: str, num_kv_heads: int, head_groups: int, tile: int | None
+    layout: SequenceLayout, rank: int, transport: str, num_kv_heads: int, head_groups: int, tile: int | None, short: int
 ) -> tuple[Visit, ...]:
     if layout.ring_size == 1:
         return ()
     if transport == "all_gather":
-        return (Visit(slice(0, num_kv_heads), gathered_blocks(layout, rank, tile), 0, 0),)
+        return (Visit(slice(0, num_kv_heads), gathered_blocks(layout, rank, tile, short), 0, 0),)
     groups = math.gcd(num_kv_heads, max(1, head_groups // len(layout.sample_lengths)))
     width = num_kv_heads // groups
     return tuple(
-        Visit(slice(start, start + width), visiting_blocks(layout, rank, (rank - step) % layout.ring_size, tile), step, tag)
+        Visit(slice(start, start + width), visiting_blocks(layout, rank, (rank - step) % layout.ring_size, tile, short), step, tag)
         for tag, (step, start) in enumerate(itertools.product(range(1, layout.ring_size), range(0, num_kv_heads, width)))
     )
 
@@ -221,20 +226,24 @@ class _Softmax:
         merged = call.layout.ring_size > 1 or rectangles
         dtype = accumulation_dtype(q.dtype)
         if len(causal) == 1:
-            out, self.lse = _causal_forward(q, k, v, causal[0], call)
+            out, self.lse = _block_forward(q, k, v, causal[0], call)
             self.out = out.to(dtype) if merged else out
         else:
             self.out = q.new_empty(q.shape, dtype=dtype if merged else q.dtype)
             self.lse = q.new_empty(q.shape[1], q.shape[0], dtype=dtype).t()  # rows contiguous, as kernels want it
         for block in causal if len(causal) > 1 else ():
-            self.out[block.q], self.lse[block.q] = _causal_forward(q[block.q], k[block.k], v[block.k], block, call)
+            self.out[block.q], self.lse[block.q] = _block_forward(q[block.q], k[block.k], v[block.k], block, call)
         for block in rectangles:
             self.add(block, k[block.k], v[block.k], slice(0, q.shape[1]))
 
     def add(self, block: Block, k: Tensor, v: Tensor, heads: slice) -> None:
         """Fold in one rectangle of some query heads; `k` and `v` hold exactly its keys and values."""
-        out, lse = self.call.backend.forward(self.q[block.q, heads], k, v, causal=False, scale=self.call.scale)
-        self.call.kernels.merge_into(self.out[block.q, heads], self.lse[block.q, heads], out, lse)
+        sums = self.out[:, heads], self.lse[:, heads]
+        out, lse = (take(x, block.q) for x in sums)
+        self.call.kernels.merge_into(out, lse, *_block_forward(take(self.q[:, heads], block.q), k, v, block, self.call))
+        if isinstance(block.q, Scattered):  # else `out` and `lse` are views
+            for total, part in zip(sums, (out, lse), strict=True):
+                put(total, block.q, part)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(out in the dtype of q, lse)."""
@@ -246,11 +255,11 @@ def _short(q: Tensor, call: RingCall) -> int:
     return call.backend.packed_rows(q.shape[1], q.shape[2])
 
 
-def _causal_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, call: RingCall) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a causal block, whose rows these are."""
+def _block_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, call: RingCall) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a block, whose rows and keys these are."""
     if block.lengths:
-        return call.backend.forward_packed(q, k, v, block.lengths, sample_ends(block.lengths, q.device), scale=call.scale)
-    return call.backend.forward(q, k, v, causal=True, scale=call.scale)
+        return call.backend.forward_packed(q, k, v, block.lengths, block.key_lengths, causal=block.causal, scale=call.scale)
+    return call.backend.forward(q, k, v, causal=block.causal, scale=call.scale)
 
 
 def _block_gradients(
@@ -258,31 +267,30 @@ def _block_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of one block of `keys` = (k, v) and some query heads, given the merged out and lse."""
     q, _, _, out, lse = saved
-    grad_out, q, out, lse = (x[block.q, heads] for x in (grad_out, q, out, lse))
+    tensors = *(take(x[:, heads], block.q) for x in (grad_out, q)), *keys, *(take(x[:, heads], block.q) for x in (out, lse))
     if block.lengths:
-        ends = sample_ends(block.lengths, q.device)
-        return call.backend.backward_packed(grad_out, q, *keys, out, lse, block.lengths, ends, scale=call.scale)
-    return call.backend.backward(grad_out, q, *keys, out, lse, causal=block.causal, scale=call.scale)
+        return call.backend.backward_packed(*tensors, block.lengths, block.key_lengths, causal=block.causal, scale=call.scale)
+    return call.backend.backward(*tensors, causal=block.causal, scale=call.scale)
 
 
 def _visit_gradients(
-    grad_out: Tensor, saved: tuple[Tensor, ...], kv: Tensor, visit: Visit, call: RingCall, dq_parts: list[tuple[slice, slice, Tensor]]
+    grad_out: Tensor, saved: tuple[Tensor, ...], kv: Tensor, visit: Visit, call: RingCall, dq_parts: list[tuple[Rows, slice, Tensor]]
 ) -> Tensor:
     """Gradient of what one transfer brought, in its layout; the parts of dq (rows, heads, values) go to `dq_parts`."""
     dkv = kv.new_zeros(kv.shape) if call.transport == "all_gather" else torch.empty_like(kv)  # a gathered row may go unseen
     heads = visit.query_heads(saved[0], saved[1])
     for block in visit.blocks:
-        dq, *dkv_block = _block_gradients(grad_out, saved, block, kv[block.k].chunk(2, dim=1), call, heads)
-        for part, grad in zip(dkv[block.k].chunk(2, dim=1), dkv_block, strict=True):
-            part.copy_(grad)
+        dq, *dkv_block = _block_gradients(grad_out, saved, block, take(kv, block.k).chunk(2, dim=1), call, heads)
+        for part, grad in zip(dkv.chunk(2, dim=1), dkv_block, strict=True):
+            put(part, block.k, grad)
         dq_parts.append((block.q, heads, dq))
     return dkv
 
 
-def _add_parts(dq: Tensor, dq_parts: list[tuple[slice, slice, Tensor]]) -> None:
+def _add_parts(dq: Tensor, dq_parts: list[tuple[Rows, slice, Tensor]]) -> None:
     """Add the parts of dq to their sum, and forget them."""
     for rows, heads, part in dq_parts:
-        dq[rows, heads] += part
+        add(dq[:, heads], rows, part)
     dq_parts.clear()
 
 

@@ -74,12 +74,11 @@ def test_the_private_operations_take_our_arguments(backend, num_rows, num_keys, 
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, torch.bfloat16, (num_rows, 8), torch.float32)
     dq, dk, dv = backend.backward(torch.empty_like(out), q, k, v, out, lse, causal=causal, scale=0.1)
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
-    if causal:
-        lengths, ends = (7, 1, 16), torch.empty(4, dtype=torch.int32, device="meta")
-        out, lse = backend.forward_packed(q, k, v, lengths, ends, scale=0.1)
-        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, torch.bfloat16, (num_rows, 8), torch.float32)
-        grads = backend.backward_packed(torch.empty_like(out), q, k, v, out, lse, lengths, ends, scale=0.1)
-        assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+    sizes = (7, 1, 16), (7, 1, num_keys - 8)
+    out, lse = backend.forward_packed(q, k, v, *sizes, causal=causal, scale=0.1)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, torch.bfloat16, (num_rows, 8), torch.float32)
+    grads = backend.backward_packed(torch.empty_like(out), q, k, v, out, lse, *sizes, causal=causal, scale=0.1)
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
 def test_heads_that_a_gpu_backend_cannot_do_are_refused_with_the_way_out():

@@ -26,10 +26,9 @@ class _Packing(ReferenceBackend):
     def packed_rows(self, num_heads, head_dim):
         return self.short
 
-    def forward_packed(self, q_TNH, k_TKH, v_TKH, lengths, ends, *, scale):
-        assert ends.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-        self.packs.append(lengths)
-        return super().forward_packed(q_TNH, k_TKH, v_TKH, lengths, ends, scale=scale)
+    def forward_packed(self, q_TNH, k_SKH, v_SKH, lengths, key_lengths, *, causal, scale):
+        self.packs.append((lengths, key_lengths, causal))
+        return super().forward_packed(q_TNH, k_SKH, v_SKH, lengths, key_lengths, causal=causal, scale=scale)
 
 
 def _reference(tile: int | None) -> ReferenceBackend:
@@ -63,14 +62,19 @@ def test_the_comparison_of_ranks_with_one_runs_and_sees_a_block_that_was_never_s
     assert run_ranks(broken, 2) == [5, 5]
 
 
-@pytest.mark.parametrize(("ring_size", "short", "packs"), [(1, 50, {(41, 1)}), (1, 90, {PACK}), (4, 20, {(12, 2)}), (4, 8, set())])
+@pytest.mark.parametrize(("ring_size", "short", "causal"), [(1, 50, {(41, 1)}), (1, 90, {PACK}), (4, 20, {(12, 2)}), (4, 8, set())])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_short_samples_in_one_call_equal_dense_attention(ring_size, short, packs, transport):
+def test_short_samples_in_one_call_equal_dense_attention(ring_size, short, causal, transport):
     layout = pad_samples(PACK, ulysses_size=1, ring_size=ring_size)
     tensors = random_qkv(layout.total_rows, (4, 2), torch.float64, "cpu")
     backend = _Packing(16, short)
     values = ring_on_one_device(tensors, layout, backend, transport)
-    assert set(backend.packs) == packs
+    assert {lengths for lengths, _, is_causal in backend.packs if is_causal} == causal
+    # Of a share's 12 and 2 rows, the chunks of 6 and 1: all rows with the chunks before, the later half with those between.
+    before = {(6, 1)} if transport == "p2p" else {(6, 1), (12, 2), (18, 3)}
+    between = {(12, 2)} if transport == "p2p" else {(12, 2), (24, 4), (36, 6)}
+    rectangles = {((12, 2), keys, False) for keys in before} | {((6, 1), keys, False) for keys in between}
+    assert {pack for pack in backend.packs if not pack[2]} == (rectangles if ring_size > 1 and causal else set())
     for name, value, right in zip(NAMES, values, dense_gradients(*tensors, layout.sample_lengths, SCALE), strict=False):
         assert relative_error(value, right) < 1e-12, name
 
