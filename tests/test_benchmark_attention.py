@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 import torch.distributed as dist
 from programs import ROOT, load_script
@@ -91,16 +92,56 @@ def test_the_schemes_compute_the_same_attention():
         assert all(error < 1e-12 for error in errors.values()), errors
 
 
-def test_a_wrong_choice_of_mesh_is_seen():
-    warm_parent()
+def _mesh_rows(times, **case):
+    common = {"work": "forward+backward", "heads": "28/4", "seq_len": 131072, "hosts": 1} | case
+    return [{**common, "scheme": scheme, "median_ms": ms} for scheme, ms in times.items()]
+
+
+@pytest.mark.parametrize(
+    ("times", "taken", "best", "meshes", "ratio", "verdict"),
+    [
+        ({"ulysses4": 200.0, "ulysses1 ring4 all_gather": 210.0}, "ulysses4", "ulysses4", 2, 1.0, "right"),
+        ({"ulysses4": 231.0, "ulysses1 ring4 all_gather": 210.0}, "ulysses4", "ulysses1", 2, 1.1, "wrong"),
+        ({"ulysses4": 231.0, "ulysses1 ring4 p2p": 210.0}, "ulysses4", "ulysses4", 1, 1.0, "only one mesh measured"),
+        ({"ulysses4 parts2": 9.0, "ulysses1 ring4 all_gather": 210.0}, "ulysses4", "ulysses1", 1, None, "taken mesh not measured"),
+        ({"ulysses1 ring4 p2p": 210.0}, "ulysses4", None, 0, None, "taken mesh not measured"),
+    ],
+)
+def test_a_choice_of_mesh_is_compared_with_what_was_measured(times, taken, best, meshes, ratio, verdict, tmp_path, capsys):
+    """On one host training gathers keys: rows of p2p count for nothing. The program fails where the choice is wrong or was not measured."""
     tool = load_script(ROOT / "tools" / "benchmark_attention.py")
+    rows = _mesh_rows({f"mmsp {name}": ms for name, ms in times.items()} | {"TE p2p": 1.0})
+    (choice,) = tool.check_meshes(rows, 4, 128)
+    assert list(choice.values()) == ["28/4", 131072, 1, taken, best, meshes, ratio, verdict]
 
-    def rows(ulysses_ms, ring_ms):
-        common = {"work": "forward+backward", "heads": "28/4", "seq_len": 131072, "hosts": 1}
-        names = {"mmsp ulysses4": ulysses_ms, "mmsp ulysses1 ring4 p2p": ring_ms, "mmsp ulysses1 ring4 all_gather": 300.0, "TE p2p": 1.0}
-        return [{**common, "scheme": scheme, "median_ms": ms} for scheme, ms in names.items()]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows_machine.json").write_text('{"ranks": 4}')
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(["--output", str(tmp_path / "rows.json"), "--check_meshes"])
+    assert bool(stopped.value.code) == (verdict in ("wrong", "taken mesh not measured"))
+    assert f"meshes {meshes}, ratio {ratio}, verdict {verdict}\n" in capsys.readouterr().out
 
-    (right,) = tool.check_meshes(rows(200.0, 210.0), 4, 128)
-    assert (right["taken"], right["best"], right["ratio"]) == ("ulysses4", "mmsp ulysses4", 1.0)
-    (wrong,) = tool.check_meshes(rows(231.0, 210.0), 4, 128)
-    assert (wrong["best"], wrong["ratio"]) == ("mmsp ulysses1 ring4 p2p", 1.1)
+
+def test_meshes_across_hosts_are_compared_by_p2p():
+    tool = load_script(ROOT / "tools" / "benchmark_attention.py")
+    times = {"mmsp ulysses2 ring2 p2p": 100.0, "mmsp ulysses2 ring2 all_gather": 200.0, "mmsp ulysses1 ring4 p2p": 90.0}
+    (choice,) = tool.check_meshes(_mesh_rows(times, hosts=2), 4, 128)
+    assert (choice["taken"], choice["meshes"], choice["ratio"], choice["verdict"]) == ("ulysses2", 2, round(100 / 90, 4), "wrong")
+
+
+def test_no_row_to_compare_is_a_failure(tmp_path):
+    (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "rows_machine.json").write_text('{"ranks": 4}')
+    with pytest.raises(SystemExit, match="nothing to compare"):
+        load_script(ROOT / "tools" / "benchmark_attention.py").main(["--output", str(tmp_path / "rows.json"), "--check_meshes"])
+
+
+def test_no_committed_row_shows_a_wrong_mesh():
+    """Two meshes were measured at 32K; where only one was, nothing is claimed."""
+    folder = ROOT / "tools" / "benchmark_results"
+    ranks = json.loads((folder / "attention_2xh200_machine.json").read_text())["ranks"]
+    rows = json.loads((folder / "attention_2xh200.json").read_text())
+    choices = load_script(ROOT / "tools" / "benchmark_attention.py").check_meshes(rows, ranks, 128)
+    verdicts = {(choice["heads"], choice["seq_len"]): choice["verdict"] for choice in choices}
+    assert verdicts["28/4", 32768] == verdicts["32/8", 32768] == "right"
+    assert set(verdicts.values()) <= {"right", "only one mesh measured"}
