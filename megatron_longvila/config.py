@@ -164,7 +164,8 @@ class ParallelConfig:
 
     Attributes:
         cp_size: ranks that share one sequence; `auto` is ulysses_size * ring_size.
-        ulysses_size: inner MM-SP axis (heads all-to-all); `auto` takes the cheapest mesh by the model in mesh_cost.py.
+        ulysses_size: inner MM-SP axis (heads all-to-all); `auto` takes the largest that fits heads and host, unless the model in
+            mesh_cost.py finds another mesh cheaper by more than it may be wrong.
         ring_size: outer MM-SP axis (keys and values travel); `auto` is cp_size / ulysses_size.
         pipeline_layers: decoder layers of each pipeline stage; empty means as even as possible, earlier stages smaller.
         virtual_pp_size: only 1 is supported.

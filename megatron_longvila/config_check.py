@@ -167,8 +167,25 @@ def _mesh(config: Config, world_size: int) -> Mesh:
         num_heads=llm.num_attention_heads,
         gpus_per_host=gpus_per_host,
         head_dim=llm.head_dim,
-        row=Row(config.data.context_length),
+        row=_expected_row(config),
     )
+
+
+def _expected_row(config: Config) -> Row:
+    """A full row as the cost of a mesh sees it, guessed without a look at the data.
+
+    Where tower or projector are trained, it is a pack of samples with `num_frames` frames each, as many as fit; a real row holds more
+    if they are pictures or short videos, and fewer if their texts are long. Else it is taken for a row of text that is attended as a whole,
+    one sample, also where documents are attended by themselves. Too few samples make a ring look cheaper than it is, and too many dearer.
+    """
+    length = config.data.context_length
+    sees = {"vision", "projector"} & set(config.training.trainable)
+    return Row(length, max(1, length // _visual_tokens(config)) if sees else 1)
+
+
+def _visual_tokens(config: Config) -> int:
+    """Of a sample with all its frames: each is followed by at least one newline token."""
+    return config.data.video.num_frames * (config.model.tokens_per_frame + 1)
 
 
 def _check_parallel(config: Config, mesh: Mesh) -> None:
@@ -201,9 +218,8 @@ def _check_data(config: Config, mesh: Mesh) -> None:
             f"{mesh.world_size} / ({mesh.tp_size} * {mesh.pp_size} * {mesh.cp_size}) = {mesh.dp_size}; use {way_out}, or spread each "
             "sequence over more ranks (ulysses_size, ring_size)"
         )
-    # Each frame is followed by at least one newline token, and a sample has some text.
-    visual_tokens = data.video.num_frames * (model.tokens_per_frame + 1)
-    if visual_tokens >= data.context_length:
+    visual_tokens = _visual_tokens(config)
+    if visual_tokens >= data.context_length:  # a sample has some text
         fits = (data.context_length - 1) // (model.tokens_per_frame + 1)
         way_out = f"lower num_frames to {fits} or less" if fits else "raise context_length"
         raise ValueError(

@@ -265,4 +265,13 @@ def test_resolve_fills_every_auto():
     parallel = config.parallel
     assert (parallel.cp_size, parallel.ulysses_size, parallel.ring_size, parallel.gpus_per_host) == (8, 2, 4, 2)
     assert resolve(config, world_size=8, gpus_per_host=8) == config
-    assert resolve(tiny("--parallel.cp_size 8 --parallel.gpus_per_host 8"), world_size=8, gpus_per_host=2).parallel.ring_size == 8
+    assert resolve(tiny("--parallel.cp_size 8 --parallel.gpus_per_host 8"), world_size=8, gpus_per_host=2).parallel.ring_size == 2
+
+
+def test_a_row_is_expected_to_hold_as_many_samples_as_fit(caplog):
+    """Frames of 4 visual tokens and a newline; a model that trains neither tower nor projector reads text."""
+    for frames, parts, samples in ((8, "vision,llm", 25), (1, "projector", 204), (102, "vision", 2), (200, "vision", 1), (8, "llm", 1)):
+        flags = f"--parallel.cp_size 8 --data.video.num_frames {frames} --training.trainable [{parts}]"
+        with caplog.at_level("INFO", logger="megatron_longvila.mesh"):
+            check(tiny(flags), 8)
+        assert f"for {samples} samples in 1024 tokens" in caplog.messages[-1]

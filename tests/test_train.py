@@ -34,8 +34,8 @@ def axes(parallel: ParallelConfig) -> tuple:
 
 
 def test_configure_resolves_the_mesh(inputs):
-    """So short a row is all latency: one host takes the fewest transfers, two ranks per host keep half of each pair's on the host."""
-    assert axes(configure([*inputs, "--parallel.cp_size", "8"], world_size=8, gpus_per_host=8).parallel) == (8, 1, 8)
+    """One host takes as much ulysses as there are key/value heads, two ranks per host as stay on it."""
+    assert axes(configure([*inputs, "--parallel.cp_size", "8"], world_size=8, gpus_per_host=8).parallel) == (8, 4, 2)
     assert axes(configure([*inputs, "--parallel.cp_size", "8"], world_size=8, gpus_per_host=2).parallel) == (8, 2, 4)
     with pytest.raises(ValueError, match="data.train"):
         configure(["--config", str(ROOT / "examples/models/tiny.yaml")], world_size=1, gpus_per_host=1)
@@ -45,9 +45,9 @@ def test_a_resume_keeps_the_mesh_unless_told_otherwise(inputs, tmp_path):
     first = configure([*inputs, "--parallel.cp_size", "8"], world_size=8, gpus_per_host=2)
     (tmp_path / "run").mkdir()
     save(first, tmp_path / "run" / "config.yaml")
-    for flags in ([], ["--parallel.cp_size", "8"]):  # another kind of host alone would have given ring 8
+    for flags in ([], ["--parallel.cp_size", "8"]):  # another kind of host alone would have given ring 2
         assert axes(configure([*inputs, *flags], world_size=8, gpus_per_host=8).parallel) == (8, 2, 4)
-    assert axes(configure([*inputs, "--parallel.cp_size", "4"], world_size=4, gpus_per_host=8).parallel) == (4, 1, 4)
+    assert axes(configure([*inputs, "--parallel.cp_size", "4"], world_size=4, gpus_per_host=8).parallel) == (4, 4, 1)
     tp = ["--parallel.tp_size", "2"]
     assert axes(configure([*inputs, *tp], world_size=2, gpus_per_host=8).parallel) == (1, 1, 1)
     fresh = parse([*inputs, "--checkpoint.resume", "false"])
