@@ -100,7 +100,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """What one call computes: `length` tokens in `num_samples` samples of equal length."""
+    """What one call computes: `length` tokens in `num_samples` samples of equal length.
+
+    Each is counted as long enough for a call of its own; neighbours of some thousand rows share one, and make a ring cheaper than this.
+    """
 
     length: int
     num_samples: int = 1
