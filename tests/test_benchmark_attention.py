@@ -7,17 +7,17 @@ import torch
 import torch.distributed as dist
 from programs import ROOT, load_script
 
-from ranks import run_ranks, warm_parent
+from ranks import RankError, run_ranks, warm_parent
 
 FLAGS = ["--heads", "4/2", "--head_dim", "8", "--iterations", "1", "--warm_up", "0", "--tiles", "8", "--parts", "1"]
 COLUMNS = {"work", "scheme", "heads", "seq_len", "hosts", "median_ms", "tflops_per_gpu", "peak_memory_gib", "fraction_of_no_communication"}
 
 
-def _run(path, *flags):
-    """Run the tool on two ranks; returns its rows."""
+def _run(path, *flags, num_ranks=2):
+    """Run the tool; returns its rows."""
     warm_parent()
     tool = load_script(ROOT / "tools" / "benchmark_attention.py")
-    run_ranks(lambda rank: tool.main(["--output", str(path), *FLAGS, *flags]), 2)
+    run_ranks(lambda rank: tool.main(["--output", str(path), *FLAGS, *flags]), num_ranks)
     return json.loads(path.read_text())
 
 
@@ -26,6 +26,7 @@ def test_rows_are_measured_once_and_drawn(tmp_path):
     flags = ["--lengths", "64", "--work", "forward+backward", "packed forward", "--shortest_document", "4", "--longest_document", "40"]
     rows = _run(path, *flags)
     assert all(set(row) >= COLUMNS and row["median_ms"] > 0 and row["peak_memory_gib"] is None for row in rows)
+    assert all(row["tflops_per_gpu"] > 0 and row["run"] == 1 and "simulated_ranks" not in row for row in rows)
     schemes = {row["scheme"] for row in rows if row["work"] == "forward+backward"}
     ours = {
         "ulysses2",
@@ -40,16 +41,99 @@ def test_rows_are_measured_once_and_drawn(tmp_path):
         ceiling = min(row["median_ms"] for row in same if row["scheme"].startswith("no communication"))
         assert all(abs(row["fraction_of_no_communication"] - ceiling / row["median_ms"]) < 1e-3 for row in same)
     facts = json.loads((tmp_path / "rows_machine.json").read_text())
-    assert facts["ranks"] == 2 and facts["versions"]["torch"] == torch.__version__ and len(facts["commands"]) == 1
+    assert facts["ranks"] == 2 and facts["versions"]["torch"] == torch.__version__
+    (run,) = facts["runs"]
+    assert set(run) == {"id", "date", "command", "commit", "driver"} and run["command"].startswith("torchrun --nproc_per_node 2 tools/")
     assert any("TE p2p" in name for name in facts["left_out"])
 
     path.write_text(json.dumps(rows[1:]))
     again = _run(path, *flags)
     assert [row["median_ms"] for row in again[:-1]] == [row["median_ms"] for row in rows[1:]]
-    assert again[-1]["scheme"] == rows[0]["scheme"]
+    assert again[-1]["scheme"] == rows[0]["scheme"] and again[-1]["run"] == 2
 
     load_script(ROOT / "tools" / "benchmark_attention.py").main(["--output", str(path), "--plot"])
     assert sorted(file.name for file in tmp_path.glob("*.png")) == ["rows_forward_backward_hosts1.png", "rows_packed_forward_hosts1.png"]
+
+
+def test_one_process_measures_the_shares_of_simulated_ranks(tmp_path):
+    path = tmp_path / "share.json"
+    rows = _run(path, "--simulate_ranks", "4", "--lengths", "64", num_ranks=1)
+    meshes = {"ulysses2 ring2", "ulysses1 ring4"}
+    names = {f"{mesh} {transport}{tile}" for mesh in meshes for transport in ("all_gather", "p2p") for tile in ("", " tile8")}
+    names |= {f"ulysses2 ring2 {transport} parts1" for transport in ("all_gather", "p2p")}
+    assert {row["scheme"] for row in rows} == {f"no communication, {name}" for name in ("one call", *names)}
+    for row in rows:
+        assert row["simulated_ranks"] == 4 and row["fraction_of_no_communication"] > 0
+        ring = 4 if "ring4" in row["scheme"] else 2 if "ring2" in row["scheme"] else 1
+        assert row["times_max_over_mean"] == 1 if ring == 1 else 1 <= row["times_max_over_mean"] <= ring
+    # A rank's share of causal attention, forward alone: 4 * heads * head dim * pairs, over 4 ranks.
+    (row,) = _run(path, "--simulate_ranks", "4", "--lengths", "64", "--work", "forward", "--schemes", "one call", num_ranks=1)[len(rows) :]
+    assert row["tflops_per_gpu"] == pytest.approx(4 * 4 * 8 * 64 * 64 / 2 / 4 / row["median_ms"] / 1e9, rel=1e-3)
+    with pytest.raises(RankError, match="4 simulated ranks, this run measures 8 simulated ranks; choose another --output"):
+        _run(path, "--simulate_ranks", "8", "--lengths", "64", num_ranks=1)
+    with pytest.raises(RankError, match="4 simulated ranks, this run measures real ranks; choose another --output"):
+        _run(path, "--lengths", "64", num_ranks=1)
+    _run(tmp_path / "real.json", "--lengths", "64", "--schemes", "one call", num_ranks=1)
+    with pytest.raises(RankError, match="real ranks, this run measures 4 simulated ranks"):
+        _run(tmp_path / "real.json", "--simulate_ranks", "4", "--lengths", "64", num_ranks=1)
+    with pytest.raises(RankError, match="start it with python instead of torchrun"):
+        _run(tmp_path / "two.json", "--simulate_ranks", "4", "--lengths", "64")
+
+
+def test_a_simulated_rank_does_the_work_of_the_real_one():
+    """Every place of a simulated ring computes what that rank of a real one does: same blocks, shapes and number of results."""
+    warm_parent()
+    peers = load_script(ROOT / "tools" / "attention_peers.py")
+    case = peers.Case(4, 2, 8, (48, 16), torch.float64)
+
+    def body(rank, simulated):
+        results = []
+        for one in range(2) if simulated else [rank]:
+            step = peers.without_transfers(case, 2, "p2p", None, rank=one, num_ranks=2)
+            results.append([x.detach() for x in step(None, True)])
+        return results
+
+    simulated = run_ranks(body, 1, True)[0]
+    for place, (real,) in enumerate(run_ranks(body, 2, False)):
+        assert all(torch.equal(a, b) for a, b in zip(real, simulated[place], strict=True))
+        assert [x.shape for x in real] == [(32, 4, 8), (32, 4, 8), (32, 2, 8), (32, 2, 8)]
+    assert not torch.equal(simulated[0][0], simulated[1][0])
+
+
+def test_rows_of_another_commit_are_not_added_to(tmp_path):
+    path = tmp_path / "rows.json"
+    flags = ["--lengths", "64", "--schemes", "one call", "--repeats"]
+    _run(path, *flags, "1", num_ranks=1)
+    facts_path = tmp_path / "rows_machine.json"
+    facts = json.loads(facts_path.read_text())
+    facts["runs"][0]["commit"] = "0123abc"
+    facts_path.write_text(json.dumps(facts))
+    with pytest.raises(RankError, match="rows of commit 0123abc, the code here is commit .*choose another --output, or"):
+        _run(path, *flags, "2", num_ranks=1)
+    assert [row["run"] for row in _run(path, *flags, "2", "--allow_other_commit", num_ranks=1)] == [1, 2]
+    # A file from before runs were noted is gone on with: nothing is known of its code.
+    del facts["runs"]
+    facts_path.write_text(json.dumps(facts))
+    assert len(_run(path, *flags, "3", num_ranks=1)) == 3
+
+
+def test_at_long_lengths_the_strongest_are_kept():
+    warm_parent()
+    tool = load_script(ROOT / "tools" / "benchmark_attention.py")
+
+    def kept(heads, length, num_ranks):
+        case = tool.Case(*heads, 128, (length,), torch.bfloat16)
+        ours = tool.our_schemes(case, [], [], num_ranks)
+        names = [f"{kind}{name}" for name in ours for kind in ("mmsp ", "no communication, ")]
+        names += ["TE p2p", "TE a2a", "TE a2a+p2p", "TE all_gather", "replicated", "ring-flash-attn zigzag", "torch context_parallel CUDNN"]
+        names += ["yunchang ulysses4 ring1", "yunchang ulysses2 ring2"]
+        return {name for name in names if tool.is_wanted(name, case, "forward+backward", num_ranks)}
+
+    ours = {"ulysses4", "ulysses1 ring4 all_gather", "ulysses1 ring4 p2p"}
+    longest = {f"{kind}{name}" for name in ours for kind in ("mmsp ", "no communication, ")} | {"TE p2p", "TE a2a+p2p"}
+    assert kept((32, 8), 512 << 10, 4) == longest
+    assert {"mmsp ulysses2 ring2 p2p", "TE a2a", "TE all_gather", "yunchang ulysses2 ring2"} <= kept((32, 8), 256 << 10, 4)
+    assert "mmsp ulysses2 ring2 all_gather" in kept((12, 2), 512 << 10, 4)
 
 
 def test_a_time_limit_ends_a_run_between_two_schemes(tmp_path):

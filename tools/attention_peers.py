@@ -56,10 +56,10 @@ class Case:
     def scale(self) -> float:
         return 1 / math.sqrt(self.head_dim)
 
-    def flops(self, backward: bool) -> float:
+    def flops(self, backward: bool, num_ranks: int) -> float:
         """Causal, per rank; backward is counted as 2.5 times forward."""
         pairs = sum(length * length for length in self.lengths) / 2
-        return 4 * self.num_heads * self.head_dim * pairs * (3.5 if backward else 1) / dist.get_world_size()
+        return 4 * self.num_heads * self.head_dim * pairs * (3.5 if backward else 1) / num_ranks
 
 
 @dataclass
@@ -75,10 +75,10 @@ class Inputs:
 Step = Callable[[Inputs, bool], list[Tensor]]
 
 
-def make_inputs(case: Case) -> Inputs:
-    """Random rows of this rank, the same for every scheme."""
+def make_inputs(case: Case, num_ranks: int | None = None) -> Inputs:
+    """Random rows of this rank, the same for every scheme; one of `num_ranks`, by default those of the job."""
     generator = torch.Generator(platform.device()).manual_seed(dist.get_rank())
-    rows = case.total_rows // dist.get_world_size()
+    rows = case.total_rows // (num_ranks or dist.get_world_size())
     heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads, case.num_heads)
     return Inputs(*(torch.randn(rows, n, case.head_dim, generator=generator, dtype=case.dtype, device=platform.device()) for n in heads))
 
@@ -165,19 +165,23 @@ class _Here:
         return self.rows
 
 
-def without_transfers(case: Case, ring_size: int, transport: str, tile: int | None, parts: int = 1, backend: str = "auto") -> Step:
+def without_transfers(
+    case: Case, ring_size: int, transport: str, tile: int | None, parts: int = 1, backend: str = "auto", *, rank: int, num_ranks: int
+) -> Step:
     """Our block schedule on one rank's share of heads and rows, with nothing sent: what a rank would need if links were infinitely fast.
 
-    `parts`: the heads in so many parts, one after the other, as ulysses computes them.
+    Args:
+        parts: the heads in so many parts, one after the other, as ulysses computes them.
+        rank: whose share, of `num_ranks`; nothing is asked of the other ranks, so they need not exist.
     """
-    size = dist.get_world_size() // ring_size
-    if case.num_heads % size:
-        raise NotAvailable(f"{case.num_heads} heads are not divisible by {size}")
+    ulysses_size = num_ranks // ring_size
+    if case.num_heads % ulysses_size:
+        raise NotAvailable(f"{case.num_heads} heads are not divisible by {ulysses_size}")
     layout = SequenceLayout(ring_size, 1, case.lengths)
-    rank = dist.get_rank() // size
-    call = _call(case, rank, None, layout, transport, _backend(backend, tile))
-    heads = (case.num_heads // size // parts, max(1, case.num_kv_heads // size // parts))
-    generator = torch.Generator(platform.device()).manual_seed(dist.get_rank())
+    ring_rank = rank // ulysses_size
+    call = _call(case, ring_rank, None, layout, transport, _backend(backend, tile))
+    heads = (case.num_heads // ulysses_size // parts, max(1, case.num_kv_heads // ulysses_size // parts))
+    generator = torch.Generator(platform.device()).manual_seed(rank)
 
     def random(num_rows: int, num_heads: int) -> Tensor:
         return torch.randn(num_rows, num_heads, case.head_dim, generator=generator, dtype=case.dtype, device=platform.device())
@@ -185,8 +189,8 @@ def without_transfers(case: Case, ring_size: int, transport: str, tile: int | No
     tensors = [[random(layout.share_rows, n) for n in (heads[0], heads[1], heads[1], heads[0])] for _ in range(parts)]
     arrived = []
     for visit in ring.visits_of(call, heads[1]):
-        sender = (rank - visit.step) % ring_size
-        num_rows = layout.total_rows if transport == "all_gather" else blocks.num_sent(layout, sender, rank)
+        sender = (ring_rank - visit.step) % ring_size
+        num_rows = layout.total_rows if transport == "all_gather" else blocks.num_sent(layout, sender, ring_rank)
         arrived.append(random(num_rows, 2 * (visit.kv_heads.stop - visit.kv_heads.start)))
 
     def step(inputs: Inputs, backward: bool) -> list[Tensor]:
@@ -338,20 +342,26 @@ def yunchang_usp(case: Case, ulysses_size: int, ring_size: int, kernel: str) -> 
     return _autograd_step(attention)
 
 
-def torch_context_parallel(case: Case, kernel: str) -> Step:
-    """torch's context_parallel around scaled_dot_product_attention; `kernel` is FLASH_ATTENTION or CUDNN_ATTENTION."""
+def torch_context_parallel(case: Case, kernel: str, rotation: str) -> Step:
+    """torch's context_parallel around scaled_dot_product_attention.
+
+    `kernel` is FLASH_ATTENTION or CUDNN_ATTENTION; `rotation`, how keys and values travel in forward: `allgather` (torch's own choice) or
+    `alltoall` (from rank to rank).
+    """
     if platform.is_cpu():
         raise NotAvailable("torch's context_parallel has no operation for CPUs")
     if len(case.lengths) > 1:
         raise NotAvailable("torch's context_parallel takes no packs")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import set_rotate_method
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     mesh = init_device_mesh("cuda", (dist.get_world_size(),))
 
     def step(inputs: Inputs, backward: bool) -> list[Tensor]:
         q, k, v = (_to_bhsd(x[None]).detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+        set_rotate_method(rotation)  # one choice for the whole process
         with sdpa_kernel(SDPBackend[kernel]), context_parallel(mesh):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             if backward:

@@ -6,15 +6,21 @@
     torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 512K --time_limit_s 500   # again, until all is there
     torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 32K 128K --hosts 2        # two emulated nodes
     torchrun --nproc_per_node 4 tools/benchmark_attention.py --output ... --lengths 128K --work "packed forward" "packed forward+backward"
+    python tools/benchmark_attention.py --output share_8.json --simulate_ranks 8 --heads 28/4 12/2            # ceilings of 8 GPUs, on one
     python tools/benchmark_attention.py --output ... --plot                                                   # pictures from the rows
     python tools/benchmark_attention.py --output ... --check_meshes                                           # was `auto` right?
 
-Rows that OUTPUT holds are not measured again, so a run that was cut short goes on where it stopped. Peers that are not installed are left
-out, and OUTPUT's twin `*_machine.json` says which, with hardware, versions and every command. Times are medians of 5 iterations after a
-warm-up, the largest over the ranks; TFLOP/s count the causal half and backward as 2.5 forwards. `peak_memory_gib` is what a step allocates
-at most beyond its inputs and results. MM-SP with ulysses is timed from the output of the projection on, bias and rotary included, as the
-model calls it; everything else starts at queries, keys and values. `fraction_of_no_communication` compares with the fastest row named
-`no communication ...` of the same run: the same kernels on the same share of heads and rows, with nothing sent.
+Rows that OUTPUT holds are not measured again, so a run that was cut short goes on where it stopped; `run` says which entry of `runs` in
+OUTPUT's twin `*_machine.json` measured a row: date, command, commit, driver. The twin also has hardware and versions, and which schemes
+were left out and why. Code of another commit adds no rows unless `--allow_other_commit` is given. Times are medians of 5 iterations after
+a warm-up, the largest over the ranks; TFLOP/s count the causal half and backward as 2.5 forwards. `peak_memory_gib` is what a step
+allocates at most beyond its inputs and results. MM-SP with ulysses is timed from the output of the projection on, bias and rotary
+included, as the model calls it; everything else starts at queries, keys and values. `fraction_of_no_communication` compares with the
+fastest row named `no communication ...` of the same case and repeat: the same kernels on the same share of heads and rows, nothing sent.
+
+With `--simulate_ranks N`, one process measures these `no communication ...` schemes alone, as a rank of N would compute them: for every
+mesh of N ranks the share of each place in its ring. `median_ms` is the largest, `times_max_over_mean` says how even the work is, and
+`simulated_ranks` is N. Such rows need a file of their own.
 """
 
 from __future__ import annotations
@@ -63,6 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--work", nargs="+", default=["forward+backward"], choices=WORKS)
     parser.add_argument("--hosts", type=int, default=1, help="2: emulate nodes, traffic between them through sockets")
+    parser.add_argument("--simulate_ranks", type=int, metavar="N", help="in one process: one rank's share of N, nothing is sent")
     parser.add_argument("--tiles", type=count, nargs="*", default=[], help="also run ours with these forward tiles")
     parser.add_argument("--parts", type=int, nargs="*", default=[], help="also run ulysses with the heads in so many parts")
     parser.add_argument("--schemes", default="", metavar="REGEX", help="only schemes whose name matches")
@@ -72,6 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shortest_document", type=count, default=1 << 10)
     parser.add_argument("--longest_document", type=count, default=64 << 10)
     parser.add_argument("--time_limit_s", type=float, default=float("inf"), help="start no further scheme after this")
+    parser.add_argument("--allow_other_commit", action="store_true", help="add to rows that another commit of this code measured")
     parser.add_argument("--plot", action="store_true", help="draw OUTPUT and stop")
     parser.add_argument("--check_meshes", action="store_true", help="compare the meshes that `auto` takes with the rows of OUTPUT and stop")
     return parser.parse_args(argv)
@@ -88,7 +96,7 @@ def document_lengths(total: int, shortest: int, longest: int, multiple: int) -> 
 
 def make_case(arguments: argparse.Namespace, work: str, heads: str, seq_len: int) -> Case:
     num_heads, num_kv_heads = map(int, heads.split("/"))
-    multiple = 2 * dist.get_world_size()
+    multiple = 2 * (arguments.simulate_ranks or dist.get_world_size())
     if seq_len % multiple:
         raise ValueError(f"length {seq_len} must be divisible by twice the ranks = {multiple}; choose a multiple")
     lengths = (seq_len,)
@@ -98,21 +106,33 @@ def make_case(arguments: argparse.Namespace, work: str, heads: str, seq_len: int
     return Case(num_heads, num_kv_heads, arguments.head_dim, lengths, dtype, arguments.hosts)
 
 
+def ceilings(case: Case, tiles: list[int], parts: list[int], num_ranks: int) -> dict[str, tuple[int, Callable[..., Step]]]:
+    """(ring size, builder of a rank's step from its `rank`) of everything that sends nothing, by name."""
+    without = partial(peers.without_transfers, case, num_ranks=num_ranks)
+    found: dict[str, tuple[int, Callable[..., Step]]] = {"no communication, one call": (1, partial(without, 1, "all_gather", 0))}
+    for name, (_, ring, transport, tile, number) in our_schemes(case, tiles, parts, num_ranks).items():
+        found[f"no communication, {name}"] = ring, partial(without, ring, transport, tile, number or 1)
+    return found
+
+
+def our_schemes(case: Case, tiles: list[int], parts: list[int], num_ranks: int) -> dict[str, tuple[int, int, str, int | None, int | None]]:
+    """(ulysses, ring, transport, tile, parts) of every scheme of ours, by name; None takes what the code itself takes."""
+    found = {}
+    for ulysses, ring, transport in peers.our_meshes(num_ranks, case.num_kv_heads):
+        mesh = f"ulysses{ulysses}" + (f" ring{ring} {transport}" if ring > 1 else "")
+        found[mesh] = ulysses, ring, transport, None, None
+        for tile in (tile for tile in tiles if 2 * tile < max(case.lengths)):
+            found[f"{mesh} tile{tile}"] = ulysses, ring, transport, tile, None
+        for number in (x for x in parts if ulysses > 1 and case.num_kv_heads % (ulysses * x) == 0):
+            found[f"{mesh} parts{number}"] = ulysses, ring, transport, None, number
+    return found
+
+
 def schemes(case: Case, tiles: list[int], parts: list[int]) -> dict[str, Callable[[], Step]]:
     """Builder of every scheme, by name."""
-    size = dist.get_world_size()
-    found: dict[str, Callable[[], Step]] = {"no communication, one call": partial(peers.without_transfers, case, 1, "all_gather", 0)}
-    ours = {}
-    for ulysses, ring, transport in peers.our_meshes(size, case.num_kv_heads):
-        mesh = f"ulysses{ulysses}" + (f" ring{ring} {transport}" if ring > 1 else "")
-        for tile in [None, *(tile for tile in tiles if 2 * tile < max(case.lengths) or tile == 0)]:
-            name = mesh + ("" if tile is None else f" tile{tile}")
-            found[f"no communication, {name}"] = partial(peers.without_transfers, case, ring, transport, tile)
-            ours[f"mmsp {name}"] = partial(peers.ours, case, ulysses, ring, transport, tile)
-        for number in (x for x in parts if ulysses > 1 and case.num_kv_heads % (ulysses * x) == 0):
-            found[f"no communication, {mesh} parts{number}"] = partial(peers.without_transfers, case, ring, transport, None, number)
-            ours[f"mmsp {mesh} parts{number}"] = partial(peers.ours, case, ulysses, ring, transport, None, number)
-    found |= ours
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found = {name: partial(build, rank=rank) for name, (_, build) in ceilings(case, tiles, parts, size).items()}
+    found |= {f"mmsp {name}": partial(peers.ours, case, *choice) for name, choice in our_schemes(case, tiles, parts, size).items()}
     found |= {f"TE {mode}": partial(peers.transformer_engine, case, mode) for mode in ("p2p", "all_gather", "a2a", "a2a+p2p")}
     found["three all-to-alls"] = partial(peers.three_all_to_alls, case)
     found["replicated"] = partial(peers.replicated, case)
@@ -121,12 +141,17 @@ def schemes(case: Case, tiles: list[int], parts: list[int]) -> dict[str, Callabl
         found[f"yunchang ulysses{ulysses} ring{size // ulysses}"] = partial(peers.yunchang_usp, case, ulysses, size // ulysses, "flash")
     found[f"yunchang ulysses{size} cuDNN"] = partial(peers.yunchang_usp, case, size, 1, "cudnn")
     for kernel in ("CUDNN", "FLASH"):
-        found[f"torch context_parallel {kernel}"] = partial(peers.torch_context_parallel, case, f"{kernel}_ATTENTION")
+        for rotation, suffix in (("allgather", ""), ("alltoall", " alltoall")):
+            found[f"torch context_parallel {kernel}{suffix}"] = partial(peers.torch_context_parallel, case, f"{kernel}_ATTENTION", rotation)
     return found
 
 
-def is_wanted(name: str, case: Case, work: str) -> bool:
-    """Peers that lose by far at shorter lengths are not waited for at long ones; beyond 256K only the best of each kind is."""
+def is_wanted(name: str, case: Case, work: str, num_ranks: int) -> bool:
+    """Peers that lose by far at shorter lengths are not waited for at long ones.
+
+    Beyond 256K these are left: the ceilings, ours with ulysses alone and with a ring of all ranks (all rings where heads forbid ulysses
+    alone), and the two modes of TE that are fastest at 256K on four H200: p2p with 537 TFLOP/s per GPU and a2a+p2p with 520, not a2a, 514.
+    """
     length = case.total_rows
     if name == "replicated":
         return length <= LONGEST_REPLICATED
@@ -134,45 +159,61 @@ def is_wanted(name: str, case: Case, work: str) -> bool:
         return "backward" not in work and length <= LONGEST_OF_ALL_PEERS
     if re.match(r"ring-flash-attn (stripe|ring)|torch|three|yunchang .*ring1$", name):
         return length <= LONGEST_OF_ALL_PEERS
-    if re.match(r"ring-flash-attn|yunchang|TE all_gather|TE a2a\+p2p", name):
+    if re.match(r"ring-flash-attn|yunchang|TE (all_gather|a2a)$", name):
         return length <= LONGEST_OF_MOST
-    if re.search(r"ring\d", name):
-        return length <= LONGEST_OF_MOST or case.num_kv_heads % dist.get_world_size() != 0
+    ring = re.search(r"ring(\d+)", name)
+    if ring and int(ring[1]) < num_ranks:
+        return length <= LONGEST_OF_MOST or case.num_kv_heads % num_ranks != 0
     return True
 
 
 def run_case(arguments: argparse.Namespace, results: Results, work: str, heads: str, seq_len: int, repeat: int, deadline: float) -> bool:
     """Measure what is missing of one case; False if the time is up."""
+    num_ranks = arguments.simulate_ranks or dist.get_world_size()
     case = make_case(arguments, work, heads, seq_len)
-    inputs, backward = peers.make_inputs(case), "backward" in work
+    inputs, backward = peers.make_inputs(case, num_ranks), "backward" in work
     outputs = [inputs.grad_out, *((inputs.q, inputs.k, inputs.v) if backward else ())]  # by their sizes
     warm_up = arguments.warm_up if arguments.warm_up is not None else 10 if seq_len <= 64 << 10 else 3 if seq_len <= 128 << 10 else 1
-    for name, build in schemes(case, arguments.tiles, arguments.parts).items():
+
+    def timed(build: Callable[[], Step]) -> tuple[float, float | None]:
+        return measure(partial(build(), inputs, backward), outputs, arguments.iterations, warm_up)
+
+    settings = case, arguments.tiles, arguments.parts
+    simulated = ceilings(*settings, num_ranks) if arguments.simulate_ranks else {}
+    for name, build in (simulated or schemes(*settings)).items():
         key = dict(work=work, scheme=name, heads=heads, seq_len=seq_len, hosts=arguments.hosts, repeat=repeat)
-        if not re.search(arguments.schemes, name) or not is_wanted(name, case, work) or results.has(key):
+        if not re.search(arguments.schemes, name) or not is_wanted(name, case, work, num_ranks) or results.has(key):
             continue
         late = torch.tensor(time.monotonic() > deadline, device=platform.device())
         dist.broadcast(late, 0)
         if late:
             return False
         try:
-            median_ms, peak = measure(partial(build(), inputs, backward), outputs, arguments.iterations, warm_up)
+            if simulated:
+                median_ms, peak, more = measure_ring(*build, num_ranks, timed)
+            else:
+                (median_ms, peak), more = timed(build), {}
         except Exception as error:
             if name.startswith(("mmsp", "no communication")) and not isinstance(error, NotAvailable):
                 raise
-            absent = f"{work}, {name}, {heads}, {seq_len}, hosts {arguments.hosts}"
-            results.facts["left_out"][absent] = f"{type(error).__name__}: {error}"[:300]
-            results.write()
+            results.leave_out(f"{work}, {name}, {heads}, {seq_len}, hosts {arguments.hosts}", error)
             continue
-        tflops = case.flops(backward) / median_ms / 1e9
-        row = key | {
-            "median_ms": round(median_ms, 4), "tflops_per_gpu": round(tflops, 2 if tflops > 1 else 6),
-            "peak_memory_gib": None if peak is None else round(peak, 3), "fraction_of_no_communication": None,
-        }  # fmt: skip
-        results.add(row)
-        if dist.get_rank() == 0:
-            print(*row.values(), flush=True)
+        results.add(key, median_ms, peak, case.flops(backward, num_ranks), **more)
     return True
+
+
+def measure_ring(
+    ring_size: int, build: Callable[..., Step], num_ranks: int, timed: Callable[[Callable[[], Step]], tuple[float, float | None]]
+) -> tuple[float, float | None, dict]:
+    """One ceiling on simulated ranks: the share of every place in the ring in turn; along ulysses all shares are alike.
+
+    Returns:
+        (largest milliseconds, largest peak, {"times_max_over_mean": largest over mean of the times}).
+    """
+    ulysses_size = num_ranks // ring_size
+    times, peaks = zip(*(timed(partial(build, rank=place * ulysses_size)) for place in range(ring_size)), strict=True)
+    evenness = {"times_max_over_mean": round(max(times) / statistics.mean(times), 4)}
+    return max(times), None if None in peaks else max(peaks), evenness
 
 
 def check_meshes(rows: list[dict], num_ranks: int, head_dim: int) -> list[dict]:
@@ -206,6 +247,17 @@ def check_meshes(rows: list[dict], num_ranks: int, head_dim: int) -> list[dict]:
     return choices
 
 
+def check_simulation(num_ranks: int | None, hosts: int) -> None:
+    """ValueError if `--simulate_ranks` cannot be done here; the message names the way out."""
+    if num_ranks is None:
+        return
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != 1 or (dist.is_initialized() and dist.get_world_size() != 1):
+        raise ValueError("--simulate_ranks measures one rank's share in one process; start it with python instead of torchrun")
+    if num_ranks < 1 or num_ranks % hosts:
+        raise ValueError(f"--simulate_ranks {num_ranks} must be at least 1 and divisible by --hosts {hosts}")
+
+
 def prepare_nccl(hosts: int) -> None:
     """Transfers before kernels, as in training; `hosts` > 1 makes NCCL send between as many groups of ranks through loopback sockets.
 
@@ -236,10 +288,11 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f"{arguments.output} has no `mmsp` row of forward+backward: nothing to compare")
         sys.exit(any(choice["verdict"] in ("wrong", "taken mesh not measured") for choice in choices))
     deadline = time.monotonic() + arguments.time_limit_s
-    prepare_nccl(arguments.hosts)
+    check_simulation(arguments.simulate_ranks, arguments.hosts)
+    prepare_nccl(1 if arguments.simulate_ranks else arguments.hosts)
     if not dist.is_initialized():
         platform.init_distributed(180)
-    results = Results(arguments.output, "tools/benchmark_attention.py")
+    results = Results(arguments.output, "tools/benchmark_attention.py", arguments.simulate_ranks, arguments.allow_other_commit)
     cases = [
         (work, heads, seq_len, repeat)
         for seq_len in arguments.lengths

@@ -57,6 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--warm_up", type=int, default=2)
+    parser.add_argument("--allow_other_commit", action="store_true", help="add to rows that another commit of this code measured")
     return parser.parse_args(argv)
 
 
@@ -208,16 +209,9 @@ def run(arguments: argparse.Namespace, results: Results) -> None:
                     continue
                 # The gradients of the step before are there when it begins and go when its own come.
                 median_ms, peak = measure(step, [], arguments.iterations, arguments.warm_up)
-                tflops = 3 * tower_flops(config.model.vision, num_frames) / dist.get_world_size() / median_ms / 1e9
+                flops = 3 * tower_flops(config.model.vision, num_frames) / dist.get_world_size()
                 frames, tokens = front.imbalance(name)
-                row = key | {
-                    "median_ms": round(median_ms, 4), "tflops_per_gpu": round(tflops, 2 if tflops > 1 else 6),
-                    "peak_memory_gib": None if peak is None else round(peak, 3), "fraction_of_no_communication": None,
-                    "frames_max_over_mean": frames, "tokens_max_over_mean": tokens,
-                }  # fmt: skip
-                results.add(row)
-                if dist.get_rank() == 0:
-                    print(*row.values(), flush=True)
+                results.add(key, median_ms, peak, flops, frames_max_over_mean=frames, tokens_max_over_mean=tokens)
     destroy_groups()
 
 
@@ -225,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if not dist.is_initialized():
         platform.init_distributed(600)
-    results = Results(arguments.output, "tools/benchmark_mmsp.py")
+    results = Results(arguments.output, "tools/benchmark_mmsp.py", allow_other_commit=arguments.allow_other_commit)
     run(arguments, results)
     results.write()
 

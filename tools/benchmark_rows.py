@@ -6,9 +6,12 @@ import json
 import os
 import platform as python_platform
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -84,32 +87,92 @@ def _distributions() -> list[tuple[str, str]]:
     return sorted(((found.metadata["Name"] or "").replace("-", "_"), found.version) for found in distributions())
 
 
-class Results:
-    """The rows of OUTPUT and the facts beside them; rank 0 writes, all ranks know what is there."""
+def code_commit() -> str | None:
+    """The last commit that changed the package or the tools, not their results; None where git knows of none."""
+    root, git = Path(__file__).parents[1], shutil.which("git")
+    if git is None or not (root / ".git").exists():  # a copy inside another project's tree must not take that one's commit
+        return None
+    words = [git, "rev-list", "-1", "HEAD", "--", "megatron_longvila", "tools", ":!tools/benchmark_results"]
+    return subprocess.run(words, cwd=root, capture_output=True, text=True).stdout.strip() or None
 
-    def __init__(self, path: Path, tool: str):
+
+def _driver_version() -> str | None:
+    """Of the GPUs; None on a CPU."""
+    smi = None if platform.is_cpu() else shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    words = [smi, "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
+
+
+class Results:
+    """The rows of OUTPUT and the facts beside them; rank 0 writes, all ranks know what is there.
+
+    Every run that adds something is an entry of the facts' `runs`; its rows bear the entry's `id`.
+
+    Args:
+        tool: for the command that the facts name.
+        simulated_ranks: of how many ranks the rows are one rank's share, None if the ranks are real.
+        allow_other_commit: go on with rows that other code measured.
+
+    Raises:
+        ValueError: the rows that are there are of another machine, of other ranks or of other code; the message names the way out.
+    """
+
+    def __init__(self, path: Path, tool: str, simulated_ranks: int | None = None, allow_other_commit: bool = False):
         self.path, self.facts_path = path, path.with_name(f"{path.stem}_machine.json")
         self.rows = json.loads(path.read_text()) if path.is_file() else []
         here = machine()
-        self.facts = json.loads(self.facts_path.read_text()) if self.facts_path.is_file() else {**here, "commands": [], "left_out": {}}
+        self.facts = json.loads(self.facts_path.read_text()) if self.facts_path.is_file() else {**here, "left_out": {}}
+        _refuse_other_ranks(path, self.rows, self.facts, simulated_ranks)
+        self.simulated_ranks = self.facts["simulated_ranks"] = simulated_ranks
         if any(self.facts[name] != here[name] for name in here):
             known = {name: self.facts[name] for name in here}
             raise ValueError(f"{self.facts_path} is of another machine: {known}, here {here}; choose another --output")
-        ranks = "" if dist.get_world_size() == 1 else f"torchrun --nproc_per_node {dist.get_world_size()} "
-        command = ranks + shlex.join([tool, *sys.argv[1:]])
-        if command not in self.facts["commands"]:
-            self.facts["commands"].append(command)
+        runs, commit = self.facts.setdefault("runs", []), code_commit()
+        others = {run["commit"] for run in runs} - {commit}
+        if others and not allow_other_commit:
+            raise ValueError(
+                f"{path} holds rows of commit {', '.join(other or 'unknown' for other in others)}, "
+                f"the code here is commit {commit or 'unknown'}; "
+                "choose another --output, or pass --allow_other_commit to compare the two in one file"
+            )
+        size = dist.get_world_size()
+        command = ("" if size == 1 else f"torchrun --nproc_per_node {size} ") + shlex.join([tool, *sys.argv[1:]])
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        self.run = {"id": len(runs) + 1, "date": date, "command": command, "commit": commit, "driver": _driver_version()}
+        dist.barrier()  # nothing is written before every rank has read
 
     def has(self, key: dict) -> bool:
         return any(all(row[name] == key[name] for name in KEY) for row in self.rows)
 
-    def add(self, row: dict) -> None:
+    def add(self, key: dict, median_ms: float, peak_gib: float | None, flops: float, **more: object) -> None:
+        """Write and print the row of `key`; `flops` are those of one rank, `more` are further columns."""
+        row = key | {
+            "median_ms": round(median_ms, 4), "tflops_per_gpu": float(f"{flops / median_ms / 1e9:.5g}"),
+            "peak_memory_gib": None if peak_gib is None else round(peak_gib, 3), "fraction_of_no_communication": None,
+        }  # fmt: skip
+        row |= more | {"run": self.run["id"]}
+        if self.simulated_ranks is not None:
+            row["simulated_ranks"] = self.simulated_ranks
         self.rows.append(row)
         self._compare(row)
+        self._record_run()
+        if dist.get_rank() == 0:
+            print(*row.values(), flush=True)
+
+    def leave_out(self, name: str, error: Exception) -> None:
+        """Note why a scheme has no row."""
+        self.facts["left_out"][name] = f"{type(error).__name__}: {error}"[:300]
+        self._record_run()
+
+    def _record_run(self) -> None:
+        if self.run not in self.facts["runs"]:
+            self.facts["runs"].append(self.run)
         self.write()
 
     def _compare(self, row: dict) -> None:
-        """Fractions of the rows that share their case and run with `row`."""
+        """Fractions of the rows that share their case and repeat with `row`."""
         same = [other for other in self.rows if all(other[name] == row[name] for name in KEY if name != "scheme")]
         free = [other["median_ms"] for other in same if other["scheme"].startswith("no communication")]
         for other in same if free else ():
@@ -122,3 +185,11 @@ class Results:
                 unfinished = path.with_suffix(".tmp")
                 unfinished.write_text(json.dumps(value, indent=1) + "\n")
                 unfinished.replace(path)
+
+
+def _refuse_other_ranks(path: Path, rows: list[dict], facts: dict, simulated_ranks: int | None) -> None:
+    """Real ranks and shares of simulated ones, or of another number of them, never meet in one file."""
+    known = {row.get("simulated_ranks") for row in rows} | ({facts.get("simulated_ranks")} if "runs" in facts else set())
+    for other in known - {simulated_ranks}:
+        names = [f"{number} simulated ranks" if number else "real ranks" for number in (other, simulated_ranks)]
+        raise ValueError(f"{path} holds times of {names[0]}, this run measures {names[1]}; choose another --output")
