@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node 4 tools/benchmark_mmsp.py --output tools/benchmark_results/mmsp_4xh200.json \\
         --config examples/models/qwen2_7b_siglip_448.yaml --frames 256 --frames_per_micro_batch 16 --repeats 3
+    python tools/benchmark_mmsp.py --output tools/benchmark_results/mmsp_4xh200.json --plot    # a picture of the rows
 
 Schemes, all with the same weights, frames, frame micro-batch and recompute:
   - `mmsp reshard`: each rank encodes its frames, one all-to-all-v brings each token to its owner (what trains);
@@ -18,6 +19,7 @@ recompute.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -30,6 +32,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from benchmark_plots import plot_front  # noqa: E402
 from benchmark_rows import Results, measure  # noqa: E402
 from collective_pairs import gather_rows  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -47,7 +50,7 @@ from megatron_longvila.parallel.plan import PLACEHOLDER_ID, RankPlan, RowSpec, p
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
-    parser.add_argument("--config", type=Path, required=True, metavar="MODEL.yaml")
+    parser.add_argument("--config", type=Path, metavar="MODEL.yaml", help="needed unless --plot")
     parser.add_argument("--frames", type=int, nargs="+", default=[256])
     parser.add_argument("--videos", type=int, default=4, help="samples of the row, each a video between two texts")
     parser.add_argument("--text_tokens", type=int, default=128, help="tokens of text before and after each video")
@@ -58,7 +61,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--warm_up", type=int, default=2)
     parser.add_argument("--allow_other_commit", action="store_true", help="add to rows that another commit of this code measured")
-    return parser.parse_args(argv)
+    parser.add_argument("--plot", action="store_true", help="draw OUTPUT and stop")
+    arguments = parser.parse_args(argv)
+    if arguments.config is None and not arguments.plot:
+        parser.error("--config MODEL.yaml is needed to measure; only --plot goes without it")
+    return arguments
 
 
 def configure(arguments: argparse.Namespace) -> Config:
@@ -217,6 +224,9 @@ def run(arguments: argparse.Namespace, results: Results) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
+    if arguments.plot:
+        plot_front(json.loads(arguments.output.read_text()), arguments.output)
+        return
     if not dist.is_initialized():
         platform.init_distributed(600)
     results = Results(arguments.output, "tools/benchmark_mmsp.py", allow_other_commit=arguments.allow_other_commit)
@@ -226,4 +236,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    platform.shutdown_distributed()
+    if dist.is_initialized():
+        platform.shutdown_distributed()
