@@ -136,6 +136,26 @@ def test_at_long_lengths_the_strongest_are_kept():
     assert "mmsp ulysses2 ring2 all_gather" in kept((12, 2), 512 << 10, 4)
 
 
+def test_torch_rotates_keys_in_both_ways_that_are_measured():
+    """Its context_parallel needs a GPU; the names of the two ways do not."""
+    from torch.distributed.tensor.experimental import _attention
+
+    warm_parent()
+    case = load_script(ROOT / "tools" / "attention_peers.py").Case(4, 2, 8, (64,), torch.float32)
+
+    def body(rank):
+        built = load_script(ROOT / "tools" / "benchmark_attention.py").schemes(case, [], [])
+        chosen = {}
+        for name in (name for name in built if name.startswith("torch context_parallel")):
+            _attention.set_rotate_method(built[name].args[-1])
+            chosen[name] = _attention._cp_options.rotate_method.name
+        return chosen
+
+    (chosen,) = run_ranks(body, 1)
+    names = {"torch context_parallel CUDNN": "ALL_GATHER", "torch context_parallel CUDNN alltoall": "ALL_TO_ALL"}
+    assert chosen == names | {name.replace("CUDNN", "FLASH"): way for name, way in names.items()}
+
+
 def test_a_time_limit_ends_a_run_between_two_schemes(tmp_path):
     assert _run(tmp_path / "rows.json", "--lengths", "64", "--time_limit_s", "0") == []
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from programs import ROOT, load_script
 
 
@@ -61,3 +62,5 @@ def test_the_front_is_drawn_by_frames(tmp_path):
     path.write_text(json.dumps(rows))
     load_script(ROOT / "tools" / "benchmark_mmsp.py").main(["--output", str(path), "--plot"])
     assert (tmp_path / "mmsp.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="not of the front; tools/benchmark_attention.py --plot draws those"):
+        _plots().plot_front([_row("TE p2p")], path)

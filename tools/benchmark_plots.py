@@ -30,11 +30,16 @@ def plot_attention(rows: list[dict], path: Path) -> list[Path]:
 
 
 def plot_front(rows: list[dict], path: Path) -> list[Path]:
-    """One picture of tools/benchmark_mmsp.py's rows beside `path`; a panel per setting, bars by frames. Returns the files."""
+    """One picture of tools/benchmark_mmsp.py's rows beside `path`; a panel per setting, bars by frames. Returns the files.
+
+    ValueError for rows of attention.
+    """
     panels = defaultdict(list)
     for row in rows:
-        setting, frames = re.fullmatch(r"(.*), (\d+) frames", row["work"]).groups()
-        panels[f"{setting}, heads {row['heads']}"].append({**row, "place": int(frames)})
+        work = re.fullmatch(r"(front, .*), (\d+) frames", row["work"])
+        if work is None:
+            raise ValueError(f"{path} holds rows of {row['work']!r}, not of the front; tools/benchmark_attention.py --plot draws those")
+        panels[f"{work[1]}, heads {row['heads']}"].append({**row, "place": int(work[2])})
     target = path.with_suffix(".png")
     return [_picture(panels, scheme_colors(rows), "frames", "TFLOP/s per GPU of the tower, each frame once", target)]
 
