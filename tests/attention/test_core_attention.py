@@ -1,15 +1,17 @@
 """CoreAttention on N gloo ranks against all scores at once on one: output and every gradient, in fp64 and fp32."""
 
+import contextlib
 import math
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_attention import HEAD_DIM, core_attention, global_tensors, run_step
 
 from dense_attention import dense_gradients, relative_error
 from megatron_longvila import platform
-from megatron_longvila.attention import ulysses
+from megatron_longvila.attention import ring, ulysses
 from megatron_longvila.attention.backends import get_backend
 from megatron_longvila.attention.ring import TRANSPORTS
 from megatron_longvila.mesh import Mesh
@@ -18,65 +20,10 @@ from ranks import run_ranks, warm_parent
 
 MESHES = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2)]  # ulysses x ring
 PACKS = {"one sample": (50,), "three uneven samples": (21, 1, 38), "padding sample": (16, 3)}
-HEADS = [(8, 4), (4, 4), (28, 4)]
+HEADS = [(8, 4), (4, 4), (28, 4), (12, 2)]
 PARTED_HEADS = [(8, 4), (28, 4), (16, 8), (24, 12)]
-HEAD_DIM = 8
 # Sums of at most 64 products in fp64 and fp32; a wrong block, scale or merge is off by more than 1e-2.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
-
-
-def _core_attention(groups, heads, dtype, transport="all_gather", crosses_hosts=False, **changes):
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_longvila.attention.core_attention import CoreAttention
-
-    settings = dict(
-        num_layers=1,
-        hidden_size=heads[0] * HEAD_DIM,
-        num_attention_heads=heads[0],
-        num_query_groups=heads[1],
-        kv_channels=HEAD_DIM,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-    )
-    return CoreAttention(
-        TransformerConfig(**{**settings, **changes}),
-        layer_number=1,
-        attn_mask_type=AttnMaskType.causal,
-        attention_type="self",
-        groups=groups,
-        backend=get_backend("reference"),
-        transport=transport,
-        crosses_hosts=crosses_hosts,
-    )
-
-
-def _global_tensors(layout, heads, dtype):
-    """q, k, v and the gradient of the output for the whole pack; the same on every rank."""
-    generator = torch.Generator().manual_seed(7)
-    return [
-        torch.randn(layout.total_rows, num_heads, HEAD_DIM, generator=generator, dtype=torch.float64).to(dtype)
-        for num_heads in (heads[0], heads[1], heads[1], heads[0])
-    ]
-
-
-def _run(attention, layout, tensors, call=None):
-    """[out, dq, dk, dv] of this cp rank's rows, each [T, heads, H]; `call` wraps the module (recompute)."""
-    from megatron_longvila.attention.core_attention import SequenceParams
-
-    q, k, v, grad_out = tensors
-    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
-    params = SequenceParams(layout=layout)
-
-    def forward(q, k, v):
-        return attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), packed_seq_params=params)
-
-    out = forward(q, k, v) if call is None else call(forward, q, k, v)
-    assert out.shape == (layout.local_rows, 1, q.shape[1] * HEAD_DIM)
-    out = out.reshape(q.shape)
-    out.backward(grad_out)  # not autograd.grad, which Megatron's checkpoint refuses
-    return [out.detach(), q.grad, k.grad, v.grad]
 
 
 def _compare_everything(rank, mesh, part_work=ulysses.PART_WORK, all_heads=HEADS):
@@ -91,13 +38,13 @@ def _compare_everything(rank, mesh, part_work=ulysses.PART_WORK, all_heads=HEADS
     for pack, lengths in PACKS.items():
         layout = pad_samples(lengths, ulysses_size=mesh.ulysses_size, ring_size=mesh.ring_size)
         rows = torch.from_numpy(owned_rows(layout)[dist.get_rank(groups.cp)])
-        for heads in all_heads:
-            exact = dense_gradients(*_global_tensors(layout, heads, torch.float64), layout.sample_lengths, 1 / math.sqrt(HEAD_DIM))
+        for heads in (heads for heads in all_heads if heads[1] % mesh.ulysses_size == 0):
+            exact = dense_gradients(*global_tensors(layout, heads, torch.float64), layout.sample_lengths, 1 / math.sqrt(HEAD_DIM))
             for transport in transports:
                 for dtype, tolerance in TOLERANCES.items():
-                    attention = _core_attention(groups, heads, dtype, *transport)
+                    attention = core_attention(groups, heads, dtype, *transport)
                     attention.backend.forward_tile = 4 if heads == (28, 4) else None  # long samples in pieces
-                    values = _run(attention, layout, [x[rows] for x in _global_tensors(layout, heads, dtype)])
+                    values = run_step(attention, layout, [x[rows] for x in global_tensors(layout, heads, dtype)])
                     for name, value, right in zip(("out", "dq", "dk", "dv"), values, exact, strict=True):
                         error = relative_error(value, right[rows])
                         assert error <= tolerance, f"{name} off by {error:.1e}: {pack}, heads {heads}, {transport}, {dtype}"
@@ -142,17 +89,63 @@ def test_one_part_travels_while_another_is_computed():
         groups = initialize_groups(Mesh(2, 1, 1, 2, 1))
         start = attention_2d.start_exchange_blocks
         layout = pad_samples((50,), ulysses_size=2, ring_size=1)
-        attention = _core_attention(groups, (8, 4), torch.float32)
+        attention = core_attention(groups, (8, 4), torch.float32)
         attention.backend = Logging()
         with (
             mock.patch.object(ulysses, "PART_WORK", 0),
             mock.patch.object(attention_2d, "start_exchange_blocks", lambda *inputs: (log.append("send"), start(*inputs))[1]),
         ):
-            _run(attention, layout, [x[rank * 25 : rank * 25 + 25] for x in _global_tensors(layout, (8, 4), torch.float32)])
+            run_step(attention, layout, [x[rank * 25 : rank * 25 + 25] for x in global_tensors(layout, (8, 4), torch.float32)])
         return log
 
     step = ["send", "send", "compute", "send", "compute", "send"]
     assert run_ranks(body, 2) == [step + step] * 2
+
+
+@pytest.mark.parametrize(("transport", "crosses_hosts"), [("all_gather", False), ("p2p", False), ("p2p", True)])
+def test_a_ring_sends_before_it_computes_what_hides_the_transfer(transport, crosses_hosts):
+    """All keys and values leave before the own rows are computed, and gradients of what one transfer brought before those of the next."""
+
+    class Logging(type(get_backend("reference"))):
+        def __init__(self, log):
+            self.log = log
+
+        def forward(self, *tensors, causal, **settings):
+            self.log.append("own" if causal else "visit")
+            return super().forward(*tensors, causal=causal, **settings)
+
+        def backward(self, *tensors, causal, **settings):
+            self.log.append("own" if causal else "visit")
+            return super().backward(*tensors, causal=causal, **settings)
+
+    def body(rank):
+        from megatron_longvila.parallel.collectives import PendingRows
+        from megatron_longvila.parallel.groups import initialize_groups
+
+        groups, log = initialize_groups(Mesh(4, 1, 1, 1, 4)), []
+        layout = pad_samples((48,), ulysses_size=1, ring_size=4)
+        attention = core_attention(groups, (8, 4), torch.float32, transport, crosses_hosts)
+        attention.backend = Logging(log)
+        wait = PendingRows.wait
+
+        def logged(start):
+            return lambda *inputs, **settings: (log.append("send"), start(*inputs, **settings))[1]
+
+        with contextlib.ExitStack() as patches:
+            for name in ("start_gather_rows", "start_exchange_blocks", "ring_send_recv"):
+                patches.enter_context(mock.patch.object(ring, name, logged(getattr(ring, name))))
+            patches.enter_context(mock.patch.object(PendingRows, "wait", lambda self: (log.append("wait"), wait(self))[1]))
+            rows = torch.from_numpy(owned_rows(layout)[rank])
+            run_step(attention, layout, [x[rows] for x in global_tensors(layout, (8, 4), torch.float32)])
+        return log
+
+    num_transfers = {"all_gather": 1, "p2p": 12 if crosses_hosts else 3}[transport]
+    for rank, log in enumerate(run_ranks(body, 4)):
+        # Gathered keys are two rectangles for a rank with others on both sides; what one rank sends is one.
+        visits = ["visit"] * (2 if transport == "all_gather" and rank in (1, 2) else 1)
+        forward = ["send"] * num_transfers + ["own"] + ["wait", *visits] * num_transfers
+        backward = [*visits, "send"] * num_transfers + ["own"] + ["wait"] * num_transfers
+        assert log == forward + backward, f"rank {rank}"
 
 
 def test_parts_pay_only_where_each_keeps_a_gpu_busy():
@@ -180,10 +173,10 @@ def test_selective_recompute_gives_the_same_bits(transport):
         platform.seed(1, 0)
         layout = pad_samples((21, 1, 38), ulysses_size=2, ring_size=2)
         rows = torch.from_numpy(owned_rows(layout)[rank])
-        tensors = [x[rows] for x in _global_tensors(layout, (8, 4), torch.float32)]
-        attention = _core_attention(groups, (8, 4), torch.float32, transport)
-        plain = _run(attention, layout, tensors)
-        recomputed = _run(attention, layout, tensors, call=lambda forward, *qkv: tensor_parallel.checkpoint(forward, False, *qkv))
+        tensors = [x[rows] for x in global_tensors(layout, (8, 4), torch.float32)]
+        attention = core_attention(groups, (8, 4), torch.float32, transport)
+        plain = run_step(attention, layout, tensors)
+        recomputed = run_step(attention, layout, tensors, call=lambda forward, *qkv: tensor_parallel.checkpoint(forward, False, *qkv))
         return [a.equal(b) for a, b in zip(plain, recomputed, strict=True)]
 
     assert run_ranks(body, 4) == [[True] * 4] * 4
@@ -199,11 +192,11 @@ def test_a_layout_is_planned_once_for_all_layers():
         groups = initialize_groups(Mesh(2, 1, 1, 1, 2))
         layout = pad_samples((21, 1, 38), ulysses_size=1, ring_size=2)
         rows = torch.from_numpy(owned_rows(layout)[rank])
-        tensors = [x[rows] for x in _global_tensors(layout, (4, 4), torch.float32)]
+        tensors = [x[rows] for x in global_tensors(layout, (4, 4), torch.float32)]
         cached = (blocks.own_blocks, blocks.gathered_blocks, blocks.gathered_row, blocks.pack_row)
         misses = []
         for _ in range(2):
-            _run(_core_attention(groups, (4, 4), torch.float32), layout, tensors)
+            run_step(core_attention(groups, (4, 4), torch.float32), layout, tensors)
             misses.append([function.cache_info().misses for function in cached])
         return misses[0] == misses[1] and all(misses[0])
 
@@ -237,11 +230,11 @@ def test_no_layer_waits_for_the_device(transport):
         groups = initialize_groups(Mesh(4, 1, 1, 2, 2))
         layout = pad_samples((21, 1, 38), ulysses_size=2, ring_size=2)
         rows = torch.from_numpy(owned_rows(layout)[rank])
-        tensors = [x[rows] for x in _global_tensors(layout, (8, 4), torch.float32)]
-        attention = _core_attention(groups, (8, 4), torch.float32, transport)
-        _run(attention, layout, tensors)
+        tensors = [x[rows] for x in global_tensors(layout, (8, 4), torch.float32)]
+        attention = core_attention(groups, (8, 4), torch.float32, transport)
+        run_step(attention, layout, tensors)
         with CountReads() as layers:
-            _run(attention, layout, tensors)
+            run_step(attention, layout, tensors)
         with CountReads() as control:
             tensors[0].sum().item()
         return layers.count, control.count
@@ -266,4 +259,4 @@ def test_what_it_cannot_compute_is_refused(heads, changes, transport, words):
         ring = ulysses = None
 
     with pytest.raises(ValueError, match=words):
-        _core_attention(FourUlyssesRanks, heads, torch.float32, transport, **changes)
+        core_attention(FourUlyssesRanks, heads, torch.float32, transport, **changes)

@@ -128,22 +128,3 @@ def test_packs_cost_a_ring_little_more_than_they_need(ring_size, shortest, longe
     work = [sum(map(executed, of_rank)) for of_rank in blocks]
     assert max(work) <= 1.01 * sum(work) / ring_size
     assert sum(work) <= 1.03 * sum(length * (length + 1) // 2 for length in lengths)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "ulysses_size", "ring_size"), [(12, 2, 2, 2), (28, 4, 4, 2), (28, 4, 1, 8), (32, 8, 8, 1)])
-def test_work_is_even_without_padded_heads_or_repeated_keys(heads, kv_heads, ulysses_size, ring_size):
-    """Query-key pairs times heads of every rank of a log-uniform pack: 12/2 heads on 4 ranks, 28/4 on 8."""
-    assert heads % ulysses_size == 0 and kv_heads % ulysses_size == 0  # whole groups of heads
-    rng = np.random.default_rng(1)
-    lengths = tuple(np.exp(rng.uniform(np.log(1024), np.log(65536), 9)).astype(int).tolist())
-    layout = pad_samples(lengths, ulysses_size=ulysses_size, ring_size=ring_size)
-
-    def pairs(rank):
-        rectangles = gathered_blocks(layout, rank) if ring_size > 1 else ()
-        whole = sum((block.q.stop - block.q.start) * (block.k.stop - block.k.start) for block in rectangles)
-        return (heads // ulysses_size) * (whole + sum((n := block.q.stop - block.q.start) * (n + 1) // 2 for block in own_blocks(layout)))
-
-    work = [pairs(rank) for rank in range(ring_size) for _ in range(ulysses_size)]
-    assert max(work) == min(work)
-    needed = heads * sum(length * (length + 1) // 2 for length in lengths)
-    assert sum(work) <= 1.01 * needed  # what padding to whole chunks adds
