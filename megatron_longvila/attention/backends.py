@@ -373,8 +373,8 @@ def check_schemas(*names: str) -> None:
 @lru_cache(maxsize=64)
 def _ends(lengths: tuple[int, ...], key_lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
     """Where samples begin, and the last one ends, among rows and among keys, int32 [samples + 1] each; the most rows and keys of one."""
-    ends = [torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (lengths, key_lengths)]
-    return *ends, max(lengths), max(key_lengths)
+    ends = [torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32) for sizes in (lengths, key_lengths)]
+    return *(platform.upload(x, device) for x in ends), max(lengths), max(key_lengths)
 
 
 def _repeat_kv(x_SKH: Tensor, num_heads: int) -> Tensor:

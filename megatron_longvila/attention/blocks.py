@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_longvila import platform
 from megatron_longvila.parallel.plan import SequenceLayout, share_order
 
 
@@ -65,7 +66,7 @@ def add(x: Tensor, rows: Rows, values: Tensor) -> None:
 
 @lru_cache(maxsize=256)
 def _index(rows: Scattered, device: torch.device) -> Tensor:
-    return torch.from_numpy(rows.rows).to(device)
+    return platform.upload(torch.from_numpy(rows.rows), device)
 
 
 @lru_cache(maxsize=64)
@@ -129,7 +130,7 @@ def sent_rows(layout: SequenceLayout, source: int, reader: int, device: torch.de
     if source > reader:
         return slice(0, layout.share_rows)
     rows = [np.arange(rows.start, rows.start + chunk) for rows, chunk in _samples(layout)]
-    return slice(0, len(rows[0])) if len(rows) == 1 else torch.from_numpy(np.concatenate(rows)).to(device)
+    return slice(0, len(rows[0])) if len(rows) == 1 else platform.upload(torch.from_numpy(np.concatenate(rows)), device)
 
 
 def num_sent(layout: SequenceLayout, source: int, reader: int) -> int:
@@ -199,4 +200,4 @@ def gathered_row(layout: SequenceLayout, device: torch.device) -> Tensor:
 @lru_cache(maxsize=16)
 def pack_row(layout: SequenceLayout, device: torch.device) -> Tensor:
     """Row of the padded pack of each gathered row; the inverse of `gathered_row`. int64 [total_rows]."""
-    return torch.from_numpy(np.concatenate([share_order(layout, rank) for rank in range(layout.ring_size)])).to(device)
+    return platform.upload(torch.from_numpy(np.concatenate([share_order(layout, rank) for rank in range(layout.ring_size)])), device)

@@ -113,7 +113,7 @@ class LanguageModel(GPTModel):
         if self.dynamic_rope is not None:
             # Without padding, which depends on the mesh; one length for the row, as transformers takes one for a batch.
             length = seq_params.layout.longest_sample or max(seq_params.layout.sample_lengths)
-            inv_freq = inverse_frequencies(self.dynamic_rope, length).to(inv_freq.device)
+            inv_freq = platform.upload(inverse_frequencies(self.dynamic_rope, length), inv_freq.device)
         return self.decoder(
             hidden_states=self._with_gradient(decoder_input),
             attention_mask=None,

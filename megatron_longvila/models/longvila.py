@@ -106,11 +106,12 @@ class LongVILA(MegatronModule):
         if visual_VD is None:
             visual_VD = self.encode_frames(frames_FHWC)
         exchange, device = plan.exchange, visual_VD.device
-        sent_VD = self.kernels.take_rows(visual_VD, torch.from_numpy(exchange.send_index).to(device))
+        # The tower may still be at work: the host must not wait for it, or the decoder's first kernels would start late.
+        send_index, recv_rows = (platform.upload(torch.from_numpy(rows), device) for rows in (exchange.send_index, exchange.recv_rows))
+        sent_VD = self.kernels.take_rows(visual_VD, send_index)
         received_VD = exchange_rows(sent_VD, exchange.send_counts, exchange.recv_counts, self.cp_group)
         # Placeholders are negative: they look up row 0 and are overwritten, so that no embedding row sees their gradient.
         text_T1D = self.language_model.embedding(input_ids=input_ids_T.clamp(min=0)[None], position_ids=None)
-        recv_rows = torch.from_numpy(exchange.recv_rows).to(device)
         return self.kernels.place_rows(text_T1D.squeeze(1), received_VD.to(text_T1D.dtype), recv_rows).unsqueeze(1)
 
     def forward(

@@ -84,6 +84,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def upload(values: torch.Tensor, to: torch.device) -> torch.Tensor:
+    """`values`, a CPU tensor, on `to`; the tensor itself where that is the CPU.
+
+    The host does not wait for what it gave the device to do before, as it would in a copy out of pageable memory.
+    """
+    return values.to(to) if to.type == "cpu" else values.pin_memory().to(to, non_blocking=True)
+
+
 def seed(seed: int, pp_rank: int) -> None:
     """Seed python, numpy, torch and Megatron's RNG tracker. Needs megatron's parallel state.
 
