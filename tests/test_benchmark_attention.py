@@ -1,22 +1,30 @@
 """tools/benchmark_attention.py at toy size on gloo ranks: every scheme that a CPU can run, rows as documented, resumed, drawn."""
 
 import json
+import os
+from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from programs import ROOT, load_script
 
+from dense_attention import dense_gradients, relative_error
+from megatron_longvila.parallel.plan import SequenceLayout, owned_rows
 from ranks import RankError, run_ranks, warm_parent
 
 FLAGS = ["--heads", "4/2", "--head_dim", "8", "--iterations", "1", "--warm_up", "0", "--tiles", "8", "--parts", "1"]
 COLUMNS = {"work", "scheme", "heads", "seq_len", "hosts", "median_ms", "tflops_per_gpu", "peak_memory_gib", "fraction_of_no_communication"}
 
 
+def _tool():
+    """tools/benchmark_attention.py; the schemes are its `peers`."""
+    warm_parent()
+    return load_script(ROOT / "tools" / "benchmark_attention.py")
+
+
 def _run(path, *flags, num_ranks=2):
     """Run the tool; returns its rows."""
-    warm_parent()
-    tool = load_script(ROOT / "tools" / "benchmark_attention.py")
+    tool = _tool()
     run_ranks(lambda rank: tool.main(["--output", str(path), *FLAGS, *flags]), num_ranks)
     return json.loads(path.read_text())
 
@@ -51,7 +59,7 @@ def test_rows_are_measured_once_and_drawn(tmp_path):
     assert [row["median_ms"] for row in again[:-1]] == [row["median_ms"] for row in rows[1:]]
     assert again[-1]["scheme"] == rows[0]["scheme"] and again[-1]["run"] == 2
 
-    load_script(ROOT / "tools" / "benchmark_attention.py").main(["--output", str(path), "--plot"])
+    _tool().main(["--output", str(path), "--plot"])
     assert sorted(file.name for file in tmp_path.glob("*.png")) == ["rows_forward_backward_hosts1.png", "rows_packed_forward_hosts1.png"]
 
 
@@ -160,40 +168,92 @@ def test_a_time_limit_ends_a_run_between_two_schemes(tmp_path):
     assert _run(tmp_path / "rows.json", "--lengths", "64", "--time_limit_s", "0") == []
 
 
-def test_the_schemes_compute_the_same_attention():
-    """Every scheme of ours and every peer that runs here gives the gradients of one rank's whole attention."""
-    warm_parent()
-    peers = load_script(ROOT / "tools" / "attention_peers.py")
-    from megatron_longvila.parallel.plan import SequenceLayout, owned_rows
+def _errors(peers, case, schemes):
+    """Largest error of output and gradients against the dense attention of one rank, by scheme, for each rank.
 
-    case = peers.Case(8, 4, 8, (48, 16), torch.float64)
+    Args:
+        schemes: (rows of each rank, builder) by name.
+    """
+    generator = torch.Generator().manual_seed(0)
+    heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads, case.num_heads)
+    whole = [torch.randn(case.total_rows, n, case.head_dim, dtype=torch.float64, generator=generator) for n in heads]
+    exact = dense_gradients(*whole, case.lengths, case.scale)
 
     def body(rank):
-        generator = torch.Generator().manual_seed(0)
-        whole = [torch.randn(64, n, 8, dtype=torch.float64, generator=generator) for n in (8, 4, 4, 8)]
-        results = {}
-        builders = {
-            "ulysses": (2, 1, lambda: peers.ours(case, 2, 1, "all_gather", None)),
-            "parts": (2, 1, lambda: peers.ours(case, 2, 1, "all_gather", None, 2)),
-            "tiles": (2, 1, lambda: peers.ours(case, 2, 1, "all_gather", 8)),
-            "ring": (1, 2, lambda: peers.ours(case, 1, 2, "p2p", None)),
-            "three": (2, 1, lambda: peers.three_all_to_alls(case)),
-            "replicated": (2, 1, lambda: peers.replicated(case)),
-        }
-        for name, (ulysses, ring, build) in builders.items():
-            rows = torch.from_numpy(owned_rows(SequenceLayout(ring, ulysses, case.lengths))[rank])
-            inputs = peers.Inputs(*(x[rows] for x in whole))
-            results[name] = [torch.zeros_like(whole[index]) for index in (0, 0, 1, 2)]
-            for total, part in zip(results[name], build()(inputs, True), strict=True):
-                total[rows] = part.detach().reshape(len(rows), *total.shape[1:])
-                dist.all_reduce(total)
         errors = {}
-        for name, values in results.items():
-            errors[name] = max((a - b).abs().max().item() for a, b in zip(results["three"], values, strict=True))
+        for name, (rows, build) in schemes.items():
+            mine = torch.from_numpy(rows[rank])
+            values = build()(peers.Inputs(*(x[mine] for x in whole)), True)
+            pairs = [(value.detach().reshape(right[mine].shape), right[mine]) for value, right in zip(values, exact, strict=True)]
+            errors[name] = max(relative_error(*pair) for pair in pairs)
         return errors
 
-    for errors in run_ranks(body, 2):
-        assert all(error < 1e-12 for error in errors.values()), errors
+    return run_ranks(body, 2)
+
+
+def _rows(case, ulysses_size, ring_size):
+    return owned_rows(SequenceLayout(ring_size, ulysses_size, case.lengths))
+
+
+def test_our_schemes_compute_the_attention_of_one_rank():
+    """Output and gradients of a pack."""
+    peers = _tool().peers
+    case = peers.Case(8, 4, 8, (48, 16), torch.float64)
+    ulysses, ring = _rows(case, 2, 1), _rows(case, 1, 2)
+    errors = _errors(
+        peers,
+        case,
+        {
+            "ulysses": (ulysses, lambda: peers.ours(case, 2, 1, "all_gather", None)),
+            "parts": (ulysses, lambda: peers.ours(case, 2, 1, "all_gather", None, 2)),
+            "tiles": (ulysses, lambda: peers.ours(case, 2, 1, "all_gather", 8)),
+            "ring": (ring, lambda: peers.ours(case, 1, 2, "p2p", None)),
+            "gathered ring": (ring, lambda: peers.ours(case, 1, 2, "all_gather", None)),
+            "three": (ulysses, lambda: peers.three_all_to_alls(case)),
+            "replicated": (ulysses, lambda: peers.replicated(case)),
+        },
+    )
+    for of_rank in errors:
+        assert len(of_rank) == 7 and all(error < 1e-12 for error in of_rank.values()), of_rank
+
+
+def test_two_emulated_hosts(tmp_path):
+    """Four ranks, two on each: NCCL is told so, rows say so, and heads travel in groups where the ring's point-to-point crosses hosts."""
+    path, tool = tmp_path / "rows.json", _tool()
+
+    def body(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE="4")  # as torchrun does; a rank's environment ends with it
+        calls, make = [], tool.peers._call
+        with mock.patch.object(tool.peers, "_call", lambda *x, **settings: (calls.append(make(*x, **settings)), calls[-1])[1]):
+            tool.main(["--output", str(path), *FLAGS, "--lengths", "64", "--hosts", "2", "--schemes", "(no communication|mmsp).*ring"])
+        return os.environ["NCCL_HOSTID"], {call.crosses_hosts for call in calls}
+
+    assert run_ranks(body, 4) == [(node, {True}) for node in ("node0", "node0", "node1", "node1")]
+    rows = json.loads(path.read_text())
+    meshes = [f"ulysses{u} ring{4 // u} {x}{tile}" for u in (1, 2) for x in ("all_gather", "p2p") for tile in ("", " tile8")]
+    assert {f"{kind} {mesh}" for kind in ("mmsp", "no communication,") for mesh in meshes} <= {row["scheme"] for row in rows}
+    assert all(row["hosts"] == 2 and row["median_ms"] > 0 and row["fraction_of_no_communication"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("rank", "node"), [(0, "node0"), (1, "node0"), (2, "node1"), (3, "node1")])
+def test_nccl_sees_neighbouring_ranks_on_one_host_and_the_others_through_sockets(rank, node):
+    tool = _tool()
+    with mock.patch.dict(os.environ, {"RANK": str(rank), "WORLD_SIZE": "4"}):
+        for name in [name for name in os.environ if "NCCL" in name]:
+            del os.environ[name]
+        tool.prepare_nccl(1)
+        assert {name for name in os.environ if "NCCL" in name} == {"TORCH_NCCL_HIGH_PRIORITY"}
+        tool.prepare_nccl(2)
+        assert os.environ["NCCL_HOSTID"] == node and os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+        assert os.environ["TORCH_NCCL_HIGH_PRIORITY"] == "1"
+        with pytest.raises(ValueError, match="--hosts 3 must divide the number of ranks, 4"):
+            tool.prepare_nccl(3)
+
+
+def test_a_chosen_priority_of_transfers_is_kept():
+    with mock.patch.dict(os.environ, {"TORCH_NCCL_HIGH_PRIORITY": "0"}):
+        _tool().prepare_nccl(1)
+        assert os.environ["TORCH_NCCL_HIGH_PRIORITY"] == "0"
 
 
 def _mesh_rows(times, **case):

@@ -89,7 +89,7 @@ def upload(values: torch.Tensor, to: torch.device) -> torch.Tensor:
 
     The host does not wait for what it gave the device to do before, as it would in a copy out of pageable memory.
     """
-    return values.to(to) if to.type == "cpu" else values.pin_memory().to(to, non_blocking=True)
+    return values.pin_memory().to(to, non_blocking=True) if to.type == "cuda" else values.to(to)
 
 
 def seed(seed: int, pp_rank: int) -> None:
