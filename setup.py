@@ -46,6 +46,8 @@ setup(
             "tensorboard",
             "transformers[serving]>=5,<6",  # a real server to ask
             "triton; platform_system == 'Linux'",
+            "ring-flash-attn==0.1.8",  # peers of the attention benchmark: pure Python, on torch's kernels where flash-attn is missing
+            "yunchang==0.6.4",
         ],
     },
 )

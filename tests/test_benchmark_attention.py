@@ -2,10 +2,14 @@
 
 import json
 import os
+from collections import Counter
+from importlib.util import find_spec
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from programs import ROOT, load_script
 
 from dense_attention import dense_gradients, relative_error
@@ -176,7 +180,7 @@ def _errors(peers, case, schemes):
     """
     generator = torch.Generator().manual_seed(0)
     heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads, case.num_heads)
-    whole = [torch.randn(case.total_rows, n, case.head_dim, dtype=torch.float64, generator=generator) for n in heads]
+    whole = [torch.randn(case.total_rows, n, case.head_dim, dtype=torch.float64, generator=generator).to(case.dtype) for n in heads]
     exact = dense_gradients(*whole, case.lengths, case.scale)
 
     def body(rank):
@@ -215,6 +219,42 @@ def test_our_schemes_compute_the_attention_of_one_rank():
     )
     for of_rank in errors:
         assert len(of_rank) == 7 and all(error < 1e-12 for error in of_rank.values()), of_rank
+
+
+def _tagged(make):
+    """`dist.P2POp` whose transfers gloo matches by their order, as NCCL does and as peers count on: of two in flight it may swap them."""
+    numbers = Counter()
+
+    def tagged(operation, tensor, peer=None, group=None, tag=0, **others):
+        numbers[operation, peer, group] += 1
+        return make(operation, tensor, peer, group, numbers[operation, peer, group], **others)
+
+    return tagged
+
+
+@pytest.mark.skipif(None in map(find_spec, ("ring_flash_attn", "yunchang")), reason="ring-flash-attn and yunchang are not installed")
+@pytest.mark.parametrize(
+    ("dtype", "bound", "names"),
+    [
+        (torch.float64, 1e-6, ("zigzag", "usp")),  # they merge in fp32
+        (torch.bfloat16, 2**-7, ("zigzag", "usp", "ring", "stripe")),  # the last two only know half precision: dK and dV travel in fp32
+    ],
+    ids=["fp64", "bf16"],
+)
+def test_outside_peers_compute_the_attention_of_one_rank(dtype, bound, names):
+    """On the FlashAttention that torch brings, as the benchmark runs them where flash-attn is not installed."""
+    peers = _tool().peers
+    case = peers.Case(8, 4, 8, (64,), dtype)
+    rows, zigzag = np.arange(64), _rows(case, 1, 2)
+    schemes = {
+        "zigzag": (zigzag, lambda: peers.ring_flash_attn(case, "zigzag")),
+        "usp": (zigzag, lambda: peers.yunchang_usp(case, 1, 2, "flash")),
+        "ring": (np.split(rows, 2), lambda: peers.ring_flash_attn(case, "ring")),
+        "stripe": ([rows[0::2], rows[1::2]], lambda: peers.ring_flash_attn(case, "stripe")),
+    }
+    with mock.patch.object(dist, "P2POp", _tagged(dist.P2POp)):
+        errors = _errors(peers, case, {name: schemes[name] for name in names})
+    assert all(error < bound for of_rank in errors for error in of_rank.values()), errors
 
 
 def test_two_emulated_hosts(tmp_path):
