@@ -56,3 +56,14 @@ def waits_of(step: Callable[[], object]) -> list[dict[str, int]]:
             step()
         found.append(dict(+counts))
     return found
+
+
+def later_step_never_waits(step: Callable[[], object]) -> None:
+    """On a GPU: the first step compiles kernels and plans the layout; RuntimeError where the second lets the host wait."""
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from host_waits import later_step_never_waits
 
 from megatron_longvila import platform
 from megatron_longvila.attention.core_attention import SequenceParams
@@ -36,20 +36,9 @@ def model_and_batch(request):
     teardown()
 
 
-def _later_step_never_waits(step: Callable[[], None]) -> None:
-    """The first step compiles kernels and plans the layout; RuntimeError where the second lets the host wait."""
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_the_mode_sees_a_pageable_copy():
     with pytest.raises(RuntimeError, match="synchroniz"):
-        _later_step_never_waits(lambda: torch.ones(4).to(platform.device()))
+        later_step_never_waits(lambda: torch.ones(4).to(platform.device()))
 
 
 def test_a_decoder_layer(model_and_batch):
@@ -57,13 +46,13 @@ def test_a_decoder_layer(model_and_batch):
     hidden_T1D = torch.randn(plan.layout.local_rows, 1, model.config.hidden_size, device=platform.device(), dtype=torch.bfloat16)
     hidden_T1D.requires_grad_()
     params = SequenceParams(layout=plan.layout)
-    _later_step_never_waits(lambda: model.language_model(hidden_T1D, positions_T, params).sum().backward())
+    later_step_never_waits(lambda: model.language_model(hidden_T1D, positions_T, params).sum().backward())
 
 
 def test_the_embedding(model_and_batch):
     """Tower, projector, both row maps and the lookup, forward and backward."""
     model, (frames, input_ids_T, _, _, plan) = model_and_batch
-    _later_step_never_waits(lambda: model.embed(frames, input_ids_T, plan).sum().backward())
+    later_step_never_waits(lambda: model.embed(frames, input_ids_T, plan).sum().backward())
 
 
 def test_an_upload_arrives():
