@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from programs import load_script
 
+from megatron_longvila.checkpoint.hf import full_shapes
 from megatron_longvila.config_check import check
 from megatron_longvila.config_io import parse
 from megatron_longvila.data.video import probe
@@ -33,6 +35,15 @@ def test_every_stage_passes_the_checks(program, num_ranks):
         assert config.model.tokens_per_frame == 196
         if stage.name in program.MM_SP:
             assert config.model.llm.rotary_base == 3_580_165_449  # the public recipe's for a million tokens
+
+
+def test_the_model_is_small():
+    """Every stored tensor once (the embedding is also the output layer), with the adapters where a stage has any."""
+    config = parse(["--config", str(EXAMPLE / "model.yaml")])
+    assert config.model.llm.tie_embeddings
+    assert sum(map(math.prod, full_shapes(config).values())) == 14_006_016
+    for stage in read_chain(EXAMPLE / "chain.yaml").stages:
+        assert sum(map(math.prod, full_shapes(parse(stage.argv)).values())) <= 15_000_000, stage.name
 
 
 def test_longest_rows_hold_the_longest_videos(program):
