@@ -24,13 +24,16 @@ def make_config(targets="qkvo", rank=4, trainable=("lora",), **overrides):
     return tiny_config(lora=lora, training={"trainable": list(trainable)}, **overrides)
 
 
-def _hidden(model, groups) -> list[torch.Tensor]:
-    """Hidden states of rows with and without frames on a mesh without cp."""
+def _logits(model, groups) -> list[torch.Tensor]:
+    """Of rows with and without frames [T, padded vocabulary], whole on every rank, on a mesh without cp."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
     found = []
     for name in ("three_packed", "no_frame"):
         frames, ids, positions, _, plan = rank_batch(BATCHES[name][0], groups.mesh, groups.cp.rank(), 1)
         with torch.no_grad():
-            found.append(model(frames, ids, positions, plan))
+            local_T1V, _ = model.module.language_model.output_layer(model(frames, ids, positions, plan))
+            found.append(gather_from_tensor_model_parallel_region(local_T1V, group=groups.tp)[:, 0])
     return found
 
 
@@ -39,11 +42,11 @@ def _save(rank, folder, config, state, sizes, passengers=None):
 
     model, groups = build(config, sizes, state, trainable=ALL if config.model.lora.rank else ALL[:3])
     save_weights(folder, model.module, config, groups, passengers)
-    return _hidden(model, groups)
+    return _logits(model, groups)
 
 
 def _load(rank, folder, config, sizes, parts=("vision", "projector", "llm")):
-    """Hidden states, and this rank's weights by name, of a model that was filled with ones before it loaded `parts`."""
+    """Logits, and this rank's weights by name, of a model that was filled with ones before it loaded `parts`."""
     from megatron_longvila.checkpoint.sharded import load_weights
     from megatron_longvila.models.init import global_parameters
 
@@ -52,7 +55,7 @@ def _load(rank, folder, config, sizes, parts=("vision", "projector", "llm")):
         for parameter in model.parameters():
             parameter.fill_(1)
     load_weights(folder, model.module, groups, parts)
-    return _hidden(model, groups), {name: parameter.detach().clone() for name, parameter in global_parameters(model.module)}
+    return _logits(model, groups), {name: parameter.detach().clone() for name, parameter in global_parameters(model.module)}
 
 
 def _merge(rank, folder, output):
@@ -79,8 +82,8 @@ def test_merged_equals_unmerged(targets, tmp_path):
     assert (merged.written, merged.num_merged) == (True, num_adapted)
     assert merged.num_tensors == sum(".lora." not in name for name in state)
 
-    hidden, weights = run_ranks(_load, 1, output, base, {})[0]
-    assert close(hidden, adapted, 1e-5)
+    logits, weights = run_ranks(_load, 1, output, base, {})[0]
+    assert close(logits, adapted, 1e-5)
     changed = {name for name, weight in weights.items() if not torch.equal(weight, state[name])}
     prefixes = {name.split("lora.")[0] for name in state if ".lora." in name}
     assert changed == {f"{prefix}weight" for prefix in prefixes} and len(changed) == num_adapted
