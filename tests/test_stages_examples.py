@@ -6,6 +6,7 @@ import functools
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,12 +14,14 @@ import yaml
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check
 from megatron_longvila.config_io import parse
-from megatron_longvila.training.chain import read_chain
+from megatron_longvila.training.chain import flatten, read_chain
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STAGES = sorted((EXAMPLES / "stages").glob("*.yaml"))
 CHAINS = sorted((EXAMPLES / "chains").glob("*.yaml"))
 MESH = re.compile(r"#   (\S+) on (\d+) GPUs: tp (\d+), ulysses (\d+), ring (\d+), dp (\d+)(?:; (.*))?")
+# What a comment must say about where a number comes from.
+SOURCE = re.compile(r"\[(paper|script|[\w.]+\.(sh|py|json))\]|\b(as|of) stage\d+_\w+|\bours\b|transformers' AdamW")
 # Context -> RoPE base: the ladder of the public scripts.
 LADDER = {65_536: 15_300_000, 262_144: 207_112_184, 524_288: 1_062_356_830, 1_048_576: 3_580_165_449}
 
@@ -67,12 +70,50 @@ def test_a_stage_passes_the_checks_on_the_meshes_of_its_header(path):
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
 def test_a_stage_is_a_difference_from_a_base(path):
-    """It names no size of the model, so that it fits every base, and says where each number comes from."""
+    """It names no size of the model, so that it fits every base."""
     model = yaml.safe_load(path.read_text()).get("model", {})
     assert set(model) <= {"llm", "lora"} and set(model.get("llm", {})) <= {"max_position_embeddings", "rotary_base"}
-    number = re.compile(r"  +(lr|schedule|warmup\w*|weight_decay|clip_grad|beta2|epochs|num_frames|fps|recompute\w*|save_interval): \S+$")
-    bare = [line for line in path.read_text().splitlines() if number.match(line)]
-    assert not bare, f"no source: {bare}"
+
+
+def settings(path: Path) -> dict[str, tuple[Any, str]]:
+    """Dotted name -> value and comments (its own, and those directly above) of every setting of a stage file."""
+    found: dict[str, tuple[Any, str]] = {}
+    parents, above = [], ""
+    for line in path.read_text().splitlines():
+        code, _, comment = line.partition("#")
+        if not code.strip():
+            above = f"{above} {comment}" if comment else ""
+            continue
+        key, value = code.split(":", 1)
+        parents[(len(key) - len(key.lstrip())) // 2 :] = [key.strip()]
+        if value.strip():
+            found[".".join(parents)] = yaml.safe_load(value), f"{above} {comment}"
+        above = ""
+    return found
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_every_number_has_a_source(path):
+    """A citation that README.md explains or that names a script, another stage file with the same value, or "ours"."""
+    found = settings(path)
+    assert {name: value for name, (value, _) in found.items()} == flatten(yaml.safe_load(path.read_text()))
+    parts = ("data.", "model.", "optimizer.", "training.", "checkpoint.")
+    numbers = {name: one for name, one in found.items() if name.startswith(parts) and name != "data.train"}
+    assert not [name for name, (_, comment) in numbers.items() if not SOURCE.search(comment)]
+    readme = (EXAMPLES / "stages" / "README.md").read_text()
+    for name, (value, comment) in numbers.items():
+        for cited in re.findall(r"\[([\w.]+)\](?!:)", comment):
+            assert f"`[{cited}]`" in readme or re.fullmatch(r"[45]_\w+\.sh", cited), f"{name}: nothing is called [{cited}]"
+        for other in re.findall(r"\b(?:as|of) (stage\d+_\w+)", comment):
+            assert settings(EXAMPLES / "stages" / f"{other}.yaml")[name][0] == value, f"{name} is not the one of {other}"
+
+
+def test_a_number_without_a_source_is_seen(tmp_path):
+    lines = ["data:", "  # [paper]", "  context_length: 8 # long", "  video:", "    fps: 2.0 # twice a second", "optimizer:", "  lr: 1.0"]
+    (tmp_path / "stage.yaml").write_text("\n".join(lines))
+    found = settings(tmp_path / "stage.yaml")
+    assert {name: value for name, (value, _) in found.items()} == {"data.context_length": 8, "data.video.fps": 2.0, "optimizer.lr": 1.0}
+    assert [name for name, (_, comment) in found.items() if SOURCE.search(comment)] == ["data.context_length"]
 
 
 def test_context_extension_is_the_public_ladder():
