@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from programs import load_script
+from tiny_tokenizers import write_sentencepiece
 
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check
 from megatron_longvila.config_io import parse
-from megatron_longvila.training.chain import flatten, read_chain
+from megatron_longvila.training.chain import Planned, flatten, plan_chain, read_chain
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STAGES = sorted((EXAMPLES / "stages").glob("*.yaml"))
@@ -172,18 +178,91 @@ def chain_stages(path: Path) -> dict[str, tuple[str, ...]]:
     return {Path(stage.argv[stage.argv.index("--config", 2) + 1]).stem: stage.argv for stage in stages}
 
 
+def header_mesh(name: str, model: str, num_gpus: int) -> tuple[list[int], str]:
+    """(tp, ulysses, ring, dp) and the flags that the header of a stage file names first for a model."""
+    for line in (EXAMPLES / "stages" / f"{name}.yaml").read_text().splitlines():
+        match = MESH.fullmatch(line)
+        if match and int(match[2]) == num_gpus and fnmatch(model, match[1]):
+            return [int(size) for size in match.groups()[2:6]], match[7] or ""
+    raise AssertionError(f"{name} names no mesh of {num_gpus} GPUs for {model}")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """What a chain needs to be on disk: datasets and a checkpoint of which nothing but their mark is read, and a tokenizer."""
+    place = tmp_path_factory.mktemp("workplace")
+    folders = {folder for path in STAGES for folder in yaml.safe_load(path.read_text())["data"]["train"]}
+    write_dataset_marks(place / folder for folder in folders)
+    write_sentencepiece(place / "tokenizer.model")
+    (place / "start").mkdir()
+    (place / "start" / "complete.json").write_text("{}")
+    return place
+
+
+def write_dataset_marks(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "dataset.json").write_text(json.dumps({"hash": folder.name}))
+
+
+def plan(path: Path, flags: list[str], num_gpus: int) -> list[Planned]:
+    """The plan that tools/run_stages.py makes of a chain in the current folder before it starts anything."""
+    chain = read_chain(path, ["--data.tokenizer", "tokenizer.model", *flags])
+    return plan_chain(chain, Path("out"), Path("start"), num_ranks=num_gpus, ranks_per_host=8)
+
+
+@pytest.mark.parametrize("num_gpus", [8, 256])
 @pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)
-def test_a_chain_fits_together(path):
+def test_a_chain_fits_together(path, num_gpus, workplace, monkeypatch):
+    """On the meshes that the headers of its stage files name, with their flags; the comments of the chain file name these."""
+    monkeypatch.chdir(workplace)
+    model = Path(yaml.safe_load(path.read_text())["base"][0]).stem
+    meshes = {name: header_mesh(name, model, num_gpus) for name in chain_stages(path)}
+    flags = {}
+    for stage, (_, named) in zip(read_chain(path).stages, meshes.values(), strict=True):
+        words = named.split()
+        flags |= {f"--stages.{stage.name}.{flag.removeprefix('--')}": value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    if num_gpus == 256:
+        comments = " ".join(re.findall(r"^#   (.*)", path.read_text(), re.MULTILINE)).split()
+        assert flags and comments == [word for pair in flags.items() for word in pair]
+        with pytest.raises(ValueError, match="stage extension_64k: data.global_batch_size=4 "):
+            plan(path, [], num_gpus)
+    else:
+        assert not flags
+    planned = plan(path, [word for pair in flags.items() for word in pair], num_gpus)
     before = None
-    for name, words in chain_stages(path).items():
-        config = parse(words)
-        check(config, 8)
-        llm = config.model.llm
+    for one, (name, (sizes, _)) in zip(planned, meshes.items(), strict=True):
+        parallel, llm = one.config.parallel, one.config.model.llm
+        assert [parallel.tp_size, parallel.ulysses_size, parallel.ring_size] == sizes[:3], name
+        assert num_gpus == math.prod(sizes)
+        assert one.merges == name.startswith("stage4"), name  # what the next stage begins with has no adapters
         if before is not None:
             if not name.startswith("stage4"):  # only context extension changes what positions mean
                 assert (llm.rotary_base, llm.rope_scaling) == (before.rotary_base, before.rope_scaling), name
             assert llm.max_position_embeddings >= before.max_position_embeddings, name
         before = llm
+
+
+@pytest.mark.parametrize(("name", "num_gpus"), [("quickstart", 4), ("needle_1m", 1), ("needle_1m", 2), ("needle_1m", 4)])
+def test_a_small_chain_fits_together(name, num_gpus, tmp_path, monkeypatch):
+    """With the command line that its own program gives tools/run_stages.py."""
+    path = EXAMPLES / name / "chain.yaml"
+    if name == "quickstart":
+        words = load_script(EXAMPLES / name / "quickstart.py").chain_command(tmp_path, path)
+    else:
+        program, commands = load_script(EXAMPLES / name / "run.py"), []
+        monkeypatch.setattr(program, "run", commands.append)
+        program.train(tmp_path, num_gpus, [])
+        words = [str(word) for word in commands[0]]
+    at = words.index("--num_ranks")
+    assert words[at + 1] == str(num_gpus)
+    chain = read_chain(path, words[at + 2 :])
+    folders = {word for value in words[at + 2 :] if value.startswith("[") for word in value.strip("[]").split(",")}
+    write_dataset_marks(map(Path, folders))
+    write_sentencepiece(tmp_path / "data" / "tokenizer.model")
+    planned = plan_chain(chain, tmp_path / "out", None, num_ranks=num_gpus, ranks_per_host=num_gpus)
+    assert [one.merges for one in planned] == ["context_extension" in one.stage.name for one in planned]
+    assert max(one.config.parallel.cp_size for one in planned) == num_gpus
 
 
 def test_the_orders_of_table_1_are_there():
