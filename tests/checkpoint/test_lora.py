@@ -13,7 +13,8 @@ from test_oracle import random_state
 
 from hf_modules import hf_modules
 from megatron_longvila import config_io
-from oracle import BATCHES, build, rank_batch, teardown, tiny_config
+from megatron_longvila.parallel.plan import IGNORE_INDEX
+from oracle import BATCHES, build, rank_batch, run_batch, teardown, tiny_config
 from ranks import RankError, run_ranks
 
 ALL = ("vision", "projector", "llm", "lora")
@@ -178,14 +179,14 @@ def test_adapters_are_never_lost(tmp_path):
 
 @pytest.mark.parametrize("architecture, trainable", [("llama", ["lora"]), ("qwen2", ["lora", "llm_norms", "llm_embeddings"])])
 def test_peft_reads_the_exported_adapter(architecture, trainable, tmp_path):
-    """transformers' decoder with the base weights and PEFT's own loader gives our logits."""
+    """transformers' decoder with the base weights and PEFT's own loader gives our logits and the gradients of our adapters."""
     peft = pytest.importorskip("peft")
     from megatron_longvila.checkpoint.hf import from_megatron
 
     config = make_config(trainable=trainable, architecture=architecture)
     state, began_with = random_state(config), random_state(config, seed=1)
     ids = torch.from_numpy(BATCHES["no_frame"][0].input_ids)
-    logits = run_ranks(_export, 1, tmp_path, config, state)[0]
+    logits, loss, gradients = run_ranks(_export, 1, tmp_path, config, state)[0]
 
     # Weights that the run did not train are those it began with; the others must come out of the adapter.
     from megatron_longvila.training.optimizer import is_trainable
@@ -199,13 +200,35 @@ def test_peft_reads_the_exported_adapter(architecture, trainable, tmp_path):
     with torch.no_grad():
         expected = adapted(input_ids=ids[None]).logits[0]
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    check_peft_gradients(adapted, config, loss, gradients)
     with torch.no_grad(), adapted.disable_adapter():
         assert (logits - adapted(input_ids=ids[None]).logits[0]).abs().max() > 1e-2 * expected.abs().max()
+
+
+def check_peft_gradients(adapted, config, loss: float, gradients: dict[str, torch.Tensor]) -> None:
+    """One backward of PEFT's model over a row: each adapter matrix has our gradient, to 1e-4 of its norm."""
+    from megatron_longvila.checkpoint.hf import adapter_rules
+
+    row = BATCHES["no_frame"][0]
+    ids, labels = (torch.from_numpy(array) for array in (row.input_ids, row.labels))
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    logits_TV = adapted(input_ids=ids[None]).logits[0]
+    expected_loss = torch.nn.functional.cross_entropy(logits_TV, labels, ignore_index=IGNORE_INDEX)
+    expected_loss.backward()
+    assert abs(loss - expected_loss.item()) <= 1e-4 * loss
+    theirs = {name.replace(".default.", "."): parameter.grad for name, parameter in adapted.named_parameters() if ".lora_" in name}
+    ours = {rule.sources[0]: gradients[rule.target] for rule in adapter_rules(config)}
+    assert ours.keys() == theirs.keys() and len(ours) == 32  # A and B of q, k, v and o in four layers
+    for name, gradient in ours.items():
+        assert theirs[name].norm() > 0 and (gradient - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
 
 
 def _export(rank, folder, config, state):
     from megatron_longvila.checkpoint.lora import export_peft
     from megatron_longvila.checkpoint.sharded import save_weights
+    from megatron_longvila.models.init import global_parameters
+    from megatron_longvila.models.lora import is_adapter
 
     model, groups = build(config, {}, state, trainable=ALL)
     save_weights(folder / "checkpoint", model.module, config, groups)
@@ -217,8 +240,11 @@ def _export(rank, folder, config, state):
     with torch.no_grad():
         hidden = model(frames, ids, positions, plan)
         logits = model.module.language_model.output_layer(hidden)[0][:, 0, : config.model.llm.vocab_size]
+    loss, _ = run_batch(model, BATCHES["no_frame"][:1], config, groups)
+    # The schedule has divided them by the labelled tokens, as the mean of the loss does.
+    gradients = {name: parameter.main_grad.clone() for name, parameter in global_parameters(model.module) if is_adapter(name)}
     teardown()
-    return logits
+    return logits, loss, gradients
 
 
 @pytest.mark.end_to_end
