@@ -203,6 +203,15 @@ def judge(after: dict[str, Any], text_before: dict[str, Any], text_after: dict[s
     return problems
 
 
+def share_of_guesses(needles: Path) -> float:
+    """What guessing gets on average: each question's answer drawn evenly among those that it has anywhere in the file of needles."""
+    asked = [json.loads(line) for line in needles.read_text().splitlines()]
+    answers: dict[str, set[str]] = {}
+    for needle in asked:
+        answers.setdefault(needle["question"], set()).add(needle["answer"])
+    return sum(1 / len(answers[needle["question"]]) for needle in asked) / len(asked)
+
+
 def report(out: Path, progress: Progress) -> list[str]:
     """Write summary.json, say what was done and return what is wrong."""
     video = {stage: read_needle(out, "video", stage) for stage in ("short_sft", "context_extension", "long_sft")}
@@ -225,6 +234,8 @@ def report(out: Path, progress: Progress) -> list[str]:
         "needle_trials": after["trials"], "needle_chance": after["chance_given_question"], "needle_chance_one_answer": after["chance"],
         "no_needle_accuracy": after["no_needle_accuracy"],
         "needle_accuracy_by_frames": {stage: part["accuracy_by_length"] for stage, part in video.items()},
+        "text_needle_chance": text["context_extension"]["chance_given_question"],
+        "text_needle_chance_guess": share_of_guesses(out / "data/text_needles.jsonl"),
         "text_needle_accuracy_by_tokens": {stage: part["accuracy_by_length"] for stage, part in text.items()},
         "stages": json.loads((out / "chain/summary.json").read_text())["stages"],
         "stopped": facts["stopped"], "seconds": facts["seconds"], "total_seconds": round(sum(facts["seconds"].values()), 1),
@@ -258,6 +269,7 @@ def say(summary: dict[str, Any]) -> None:
     print("A sentence hidden in a text:")
     for stage, parts in summary["text_needle_accuracy_by_tokens"].items():
         print(f"  after {stage:<18}" + "  ".join(f"{length} tokens {accuracy:.2f}" for length, accuracy in parts.items()))
+    print(f"  best answer per question {summary['text_needle_chance']:.1%}; a guess {summary['text_needle_chance_guess']:.1%}")
     example = summary["example"]
     print(f"\n{example['length']} frames, needle at {example['depth']:.0%}:{example['question']}")
     print(f"  model: {example['teacher_forcing']['predicted']}\n  truth: {example['expected']}\n")

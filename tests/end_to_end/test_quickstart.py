@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,21 @@ def test_every_word_is_one_piece_and_texts_have_their_length(world):
         for turn in row["conversations"]:
             words = turn["value"].replace("<video>\n", "").replace("<image>\n", "").replace("\n", " \n ").split(" ")
             assert len(tokenizer.encode(turn["value"].replace("<video>\n", "").replace("<image>\n", ""))) == len([w for w in words if w])
+
+
+def test_a_guess_among_eight_words(tmp_path):
+    """As many needles as the quickstart has: each of the eight words of each kind is asked for."""
+    assert {len(words) for words in make_data.FACTS.values()} == {8}
+    make_data.World(tmp_path, 0).write_text_needles(192)
+    assert quickstart.share_of_guesses(tmp_path / "text_needles.jsonl") == pytest.approx(0.125)
+
+
+def test_guesses_are_weighed_by_how_often_a_question_is_asked(tmp_path):
+    """Three rows ask for one of two words, the fourth for the only one."""
+    asked = [("what ?", "a"), ("what ?", "b"), ("what ?", "b"), ("where ?", "c")]
+    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in asked]
+    (tmp_path / "needles.jsonl").write_text("\n".join(lines))
+    assert quickstart.share_of_guesses(tmp_path / "needles.jsonl") == (3 * 0.5 + 1) / 4
 
 
 def test_videos_show_their_cards(world):
@@ -139,3 +155,28 @@ def test_too_few_steps_are_found_out(tmp_path):
     assert 0 < summary["memory_gib"] < 8
     for name, path in summary["files"].items():
         assert Path(path).exists(), name
+    check_needle_numbers(summary, out)
+
+
+def check_needle_numbers(summary: dict, out: Path) -> None:
+    """Each number is the one of its needle test, and what that test's trials say."""
+    names = ("video-short_sft", "video-long_sft", "text-context_extension")
+    before, after, text = (recount(out / "needle" / name) for name in names)
+    assert summary["needle_accuracy_stage3"] == before["needle_accuracy"]
+    assert summary["needle_accuracy_stage5"] == after["needle_accuracy"]
+    assert summary["needle_trials"] == after["trials"] == before["trials"]
+    assert summary["needle_chance"] == after["chance_given_question"]
+    assert summary["text_needle_chance"] == text["chance_given_question"] >= 1 / 8  # no question has more than eight answers
+
+
+def recount(folder: Path) -> dict:
+    """summary.json of a needle test, after its trials were counted again."""
+    summary = json.loads((folder / "summary.json").read_text())
+    trials = [trial for trial in read_rows(folder / "trials.jsonl") if not trial["control"]]
+    expected = defaultdict(Counter)
+    for trial in trials:
+        expected[trial["question"]][trial["expected"]] += 1
+    assert summary["trials"] == len(trials)
+    assert summary["needle_accuracy"] == pytest.approx(sum(trial["teacher_forcing"]["correct"] for trial in trials) / len(trials))
+    assert summary["chance_given_question"] == pytest.approx(sum(max(answers.values()) for answers in expected.values()) / len(trials))
+    return summary
