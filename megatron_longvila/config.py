@@ -274,7 +274,7 @@ class TrainingConfig:
         trainable: parts whose parameters train. `llm` is the whole decoder; `lora` its adapters; `llm_norms` its norms and
             `llm_embeddings` its input embedding and output layer, for training next to the adapters.
         check_trainable: after the third step with lr > 0 whose rows held media and labels, and at the end, fail if a trainable tensor has
-            not moved or a frozen one has.
+            not moved or a frozen one has. At the end the last checkpoint's frozen tensors are also compared with the input's files.
         may_see_no_gradient: names (shell patterns) of trainable tensors that may go without gradient for the whole run.
         recompute: `full` recomputes decoder layers in backward, `selective` only their attention.
         loss_chunk_rows: labelled rows whose logits exist at a time.

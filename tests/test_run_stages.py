@@ -50,6 +50,7 @@ name = f"checkpoints/step_{config.training.steps:07d}"
 (folder / "run_summary.json").write_text(json.dumps({
     "steps": config.training.steps, "tokens": 1000, "labelled_tokens": 100, "frames": 40, "wall_s": 2.5, "loss": 3 / config.training.steps,
     "evaluation_loss": None, "memory_gib": 0.5, "num_ranks": 1, "input": config.checkpoint.load, "checkpoint": name,
+    "rounded": {"tensors": 1234, "frozen": 56, "from": ["float32"], "to": ["bfloat16"]} if config.checkpoint.load else None,
 }))
 """
 
@@ -129,6 +130,7 @@ def test_weights_are_handed_over_and_finished_stages_skipped(place, capsys) -> N
     assert summary["stages"][1]["input"] == checkpoint(place, "one")
     page = (place.output / "summary.html").read_text()
     assert "3 of 3 stages finished: 3,000 tokens, 120 frames" in page and page.count("<svg") == 1
+    assert page.count("<td>1,234 (56 frozen)</td>") == 2 and [bool(stage["rounded"]) for stage in summary["stages"]] == [False, True, True]
     capsys.readouterr()
     assert place.run() == 0 and place.calls() == []
     assert capsys.readouterr().out.count("finished before") == 3

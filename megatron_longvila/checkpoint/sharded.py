@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 SAVE_S = 3600.0  # how long ranks wait for each other in a save: some write more than others, and rank 0 brings all of it to the disk
 
-_PARTS = {"vision": "vision_tower.", "projector": "projector.", "llm": "language_model."}
+PARTS = {"vision": "vision_tower.", "projector": "projector.", "llm": "language_model."}
 
 
 class Resumable(Protocol):
@@ -287,7 +287,7 @@ class Checkpoints:
         return None
 
 
-def load_weights(folder: Path, model: torch.nn.Module, groups: Groups, parts: Iterable[str] = tuple(_PARTS)) -> None:
+def load_weights(folder: Path, model: torch.nn.Module, groups: Groups, parts: Iterable[str] = tuple(PARTS)) -> None:
     """Fill `model` (this rank's bare chunk, any layout) with the weights of a checkpoint; optimizer and data position are left.
 
     Build the optimizer afterwards: it copies the weights.
@@ -303,7 +303,7 @@ def load_weights(folder: Path, model: torch.nn.Module, groups: Groups, parts: It
     if damage is not None:
         raise ValueError(f"checkpoint.load={folder} cannot be used: {damage}")
     read_progress(folder)
-    prefixes = tuple(_PARTS[part] for part in parts)
+    prefixes = tuple(PARTS[part] for part in parts)
     wanted = model.sharded_state_dict(metadata=_metadata(groups))
     wanted = {name: entry for name, entry in wanted.items() if name.startswith(prefixes)}
     saved, built = config_io.load(folder / "config.yaml").model.lora, getattr(model, "lora", LoraConfig())

@@ -75,6 +75,7 @@ def _summarise_stage(one: Planned, status: str) -> dict[str, Any]:
         "seconds": round(sum(attempt["seconds"] for attempt in attempts), 1),
         "attempts": len(attempts),
         "input": found.get("input"),
+        "rounded": found.get("rounded"),
         "folder": str(one.folder),
         "checkpoint": str(one.result) if one.result else None,
     }
@@ -161,6 +162,11 @@ def _parameters(stage: dict[str, Any], kind: str) -> str:
     return f"{stage['parameters']['total'][kind]:,}" if stage.get("parameters") else ""
 
 
+def _rounded(stage: dict[str, Any]) -> str:
+    found = stage["rounded"]
+    return f"{found['tensors']:,} ({found['frozen']:,} frozen)" if found else ""
+
+
 def _with_rank(part: str, rank: int) -> str:
     return f"lora (rank {rank})" if part == "lora" else part
 
@@ -171,6 +177,7 @@ SETTINGS = (
     ("trains", lambda stage: html.escape(", ".join(_with_rank(part, stage["lora_rank"]) for part in stage["trainable"]))),
     ("trained parameters", lambda stage: _parameters(stage, "trained")),
     ("frozen parameters", lambda stage: _parameters(stage, "frozen")),
+    ("tensors rounded when loaded", _rounded),
     ("context (tokens)", lambda stage: _number(stage["context_length"])),
     ("RoPE base", lambda stage: f"{stage['rotary_base']:,.0f}"),
     ("frames of a video, at most", lambda stage: _number(stage["num_frames"])),

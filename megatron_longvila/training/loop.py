@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_longvila import config_io, platform
-from megatron_longvila.checkpoint.origin import describe_tokens
-from megatron_longvila.checkpoint.sharded import PASSENGERS, Checkpoints, TrainingState
+from megatron_longvila.checkpoint.origin import describe_tokens, find_origin
+from megatron_longvila.checkpoint.sharded import Checkpoints, TrainingState
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check
 from megatron_longvila.data.batch import MicroBatch
@@ -34,7 +34,7 @@ from megatron_longvila.pulse import Pulse
 from megatron_longvila.training import metrics
 from megatron_longvila.training.loss import token_loss
 from megatron_longvila.training.optimizer import apply_settings, build_optimizer, build_scheduler, freeze, step, wrap_ddp
-from megatron_longvila.training.stages import TrainableCheck, check_passengers, count_parameters, describe_counts, fill_model
+from megatron_longvila.training.stages import TrainableCheck, check_saved, count_parameters, describe_counts, fill_model, note_rounding
 from megatron_longvila.training.stopping import StopSignal, raise_bad_gradients, raise_bad_loss
 
 from megatron.core.distributed import DistributedDataParallel  # isort: skip
@@ -55,7 +55,6 @@ class Run:
         evaluation: loader of the held-out rows, None without a held-out set.
         check: whether what should train does and the rest does not; None without training.check_trainable.
         parameters: how many parameters of each part train and do not.
-        origin: the folder whose weights the run began with; None if they were fresh or nothing is compared with them.
         first_step: steps done by the run this one continues.
         pulse: what this rank leaves for whoever asks why the job ended.
     """
@@ -68,7 +67,6 @@ class Run:
     evaluation: Loader | None
     check: TrainableCheck | None
     parameters: dict[str, dict[str, int]]
-    origin: Path | None
     total_steps: int
     first_step: int
     folder: Path
@@ -105,6 +103,8 @@ def build_run(config: Config, pulse: Pulse | None = None) -> Run:
     model = build_model(config, groups)
     origin = fill_model(model, checkpoints, newest)
     freeze(model, config.training.trainable)
+    if newest is None and origin is not None:
+        note_rounding(model, checkpoints, origin)
     wrapped = wrap_ddp(model, config)
     optimizer = build_optimizer(wrapped, config)
     totals = metrics.Totals()
@@ -126,7 +126,7 @@ def build_run(config: Config, pulse: Pulse | None = None) -> Run:
     counts = count_parameters(model, config, groups)
     steps = (loader.num_steps, first_step)
     pulse = pulse or Pulse(folder, dist.get_rank())
-    return Run(config, groups, wrapped, state, checkpoints, evaluation, trainable_check, counts, origin, *steps, folder, pulse)
+    return Run(config, groups, wrapped, state, checkpoints, evaluation, trainable_check, counts, *steps, folder, pulse)
 
 
 def fit(run: Run, stop: StopSignal) -> None:
@@ -189,13 +189,13 @@ def evaluate_if_missing(run: Run, stop: StopSignal) -> bool:
 
 
 def check_end(run: Run) -> None:
-    """What trained and what did not, over the whole run. Collective over all ranks; raises TrainableError."""
+    """What trained and what did not, over the whole run. Collective; raises TrainableError, or ValueError if the input is gone."""
     if run.check is None:
         return
     run.check.check(f"after the last step {run.total_steps}")
-    last = run.checkpoints.folder(run.total_steps)
-    if run.origin is not None and last.exists():
-        check_passengers(run.origin / PASSENGERS, last / PASSENGERS)
+    origin = find_origin(run.checkpoints.origin, run.config)
+    if origin is not None:
+        check_saved(run.state.model, origin, run.checkpoints.folder(run.total_steps), run.checkpoints.origin["parts"])
 
 
 def train_step(run: Run, batch: list[MicroBatch], number: int, stop_requested: bool) -> dict[str, Any]:
@@ -394,5 +394,6 @@ def summarise(run: Run) -> dict[str, Any]:
         "num_ranks": run.groups.mesh.world_size,
         "parameters": run.parameters,
         "input": run.checkpoints.origin["load"],
+        "rounded": run.checkpoints.origin.get("rounded"),
         "checkpoint": str(last.relative_to(run.folder)) if last.exists() else None,
     }

@@ -2,6 +2,9 @@
 
 The digests of the input are taken before a resumed run loads its state, from the weights that the run began with: on any layout the check
 compares with the true start. Hashing reads every local weight once (three times per run, about a second per GB).
+
+These digests see only what changes after loading. What loading itself does is checked on the disk, at the end: the frozen tensors of the
+last checkpoint are those of the input, rounded once if the run's dtype is less exact, which is counted and logged when it happens.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_longvila.checkpoint.origin import check_tokens, find_origin
-from megatron_longvila.checkpoint.sharded import Checkpoints, load_weights, read_progress
+from megatron_longvila.checkpoint.sharded import PARTS, PASSENGERS, Checkpoints, load_weights, read_progress
+from megatron_longvila.checkpoint.streaming import DistributedTensors
 from megatron_longvila.config import Config
 from megatron_longvila.models.init import full_shape, global_parameters, initialize_weights
+from megatron_longvila.models.lora import is_adapter
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.training.metrics import Totals
 
@@ -57,6 +62,46 @@ def fill_model(model: torch.nn.Module, checkpoints: Checkpoints, newest: Path | 
     if origin is not None:
         load_weights(origin, model, groups, parts)
     return origin
+
+
+def note_rounding(model: torch.nn.Module, checkpoints: Checkpoints, origin: Path) -> None:
+    """Log what a new run's weights from `origin` lost when they were loaded, and keep the count in what its checkpoints say of them.
+
+    Collective over all ranks; needs the parts that do not train to be frozen already.
+    """
+    parts = checkpoints.config.checkpoint.load_parts
+    rounded = count_rounded(model, origin, parts)
+    checkpoints.origin = checkpoints.origin | {"rounded": rounded}
+    if rounded["tensors"] and dist.get_rank() == 0:
+        logger.warning(
+            "%s: %d tensors, %d of them frozen, were rounded from %s to %s when they were loaded, and are saved so; "
+            "--training.precision fp32 keeps them as they are",
+            origin,
+            rounded["tensors"],
+            rounded["frozen"],
+            " and ".join(rounded["from"]),
+            " and ".join(rounded["to"]),
+        )
+
+
+def count_rounded(model: torch.nn.Module, origin: Path, parts: Iterable[str]) -> dict[str, Any]:
+    """How many tensors of the checkpoint `origin` the model holds in a dtype that cannot have all their values; reads no weights.
+
+    Collective over all ranks, the same answer everywhere.
+
+    Returns:
+        {tensors, frozen: how many of these do not train, from, to: names of dtypes}.
+    """
+    held = {(name, parameter.dtype, parameter.requires_grad) for name, parameter in global_parameters(model)}
+    (held,) = union_over_ranks(held)
+    saved = DistributedTensors(origin, [PARTS[part] for part in parts]).infos
+    found = [
+        (saved[name].dtype, dtype, trained)
+        for name, dtype, trained in held
+        if name in saved and torch.promote_types(saved[name].dtype, dtype) != dtype
+    ]
+    before, after = ({str(one[place]).removeprefix("torch.") for one in found} for place in (0, 1))
+    return {"tensors": len(found), "frozen": sum(not one[2] for one in found), "from": sorted(before), "to": sorted(after)}
 
 
 def part_of(name: str) -> str:
@@ -196,6 +241,40 @@ class TrainableCheck:
 
     def _frozen_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, parameter) for name, parameter in global_parameters(self._model) if not parameter.requires_grad)
+
+
+def check_saved(model: torch.nn.Module, origin: Path, last: Path, parts: Iterable[str]) -> None:
+    """What did not train is in the checkpoint `last` as it is in `origin`, by the files of both: nothing that loads or saves is trusted.
+
+    Frozen tensors have the SHA-256 of the input's, rounded once if `last` has a less exact dtype; passengers that of the input's file.
+    Collective over all ranks, which share the reading. Without `last` there is nothing to compare.
+
+    Args:
+        parts: what the run took from `origin`: vision, projector, llm.
+
+    Raises:
+        TrainableError: otherwise; names the tensors, on every rank.
+    """
+    written = [last.exists()]
+    dist.broadcast_object_list(written, src=0)
+    if not written[0]:
+        return
+    check_passengers(origin / PASSENGERS, last / PASSENGERS)
+    prefixes = tuple(PARTS[part] for part in parts)
+    before, after = DistributedTensors(origin, prefixes), DistributedTensors(last, prefixes)
+    frozen = {name for name, parameter in global_parameters(model) if not parameter.requires_grad and name.startswith(prefixes)}
+    (frozen,) = union_over_ranks(frozen)
+    # A checkpoint without adapters leaves those of the model as they were made.
+    names = [name for name in frozen if name in before.infos or not is_adapter(name)]
+    names.sort(key=lambda name: (after.infos[name].num_bytes, name))  # so that ranks get about as many bytes each
+    mine = names[dist.get_rank() :: dist.get_world_size()]
+    changed = {name for name in mine if digest(before.read(name).to(after.infos[name].dtype)) != digest(after.read(name))}
+    (changed,) = union_over_ranks(changed)
+    if changed:
+        raise TrainableError(
+            f"{len(changed)} frozen tensors of {last} are not those of {origin}: {list_names(changed)}; they were loaded or saved as "
+            "something else, and what was trained beside them fits those. --training.check_trainable false goes on without this check"
+        )
 
 
 def check_passengers(before: Path, after: Path) -> None:
