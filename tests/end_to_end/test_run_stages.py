@@ -3,6 +3,7 @@ an undisturbed chain gives."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -104,10 +105,12 @@ def find_rank(stage: Path) -> int | None:
 
 
 def find_merge(stage: Path, chain: int) -> int | None:
-    """The program that merges a stage's adapters, once it has begun to write."""
-    if not (stage / ".merged.partial").exists():
-        return None
-    return next(child.pid for child in psutil.Process(chain).children(recursive=True) if "merge_lora.py" in " ".join(child.cmdline()))
+    """The program that merges a stage's adapters, as soon as it has begun to write: it writes for a quarter of a second."""
+    merging = None
+    for child in psutil.Process(chain).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended since it was listed
+            merging = child.pid if "merge_lora.py" in " ".join(child.cmdline()) else merging
+    return merging if (stage / ".merged.partial").exists() else None
 
 
 def losses(output: Path, name: str) -> list[tuple[int, float]]:
