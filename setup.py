@@ -46,7 +46,7 @@ setup(
             "tensorboard",
             "transformers[serving]>=5,<6",  # a real server to ask
             "triton; platform_system == 'Linux'",
-            "ring-flash-attn==0.1.8",  # peers of the attention benchmark: pure Python, on torch's kernels where flash-attn is missing
+            "ring-flash-attn==0.1.8",  # peers of the attention benchmark, which brings them a flash-attn made of torch's kernels
             "yunchang==0.6.4",
         ],
     },

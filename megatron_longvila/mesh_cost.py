@@ -8,8 +8,8 @@ The model counts one layer's forward and backward on one rank:
   - what a ring adds to one call: a fixed time, more kernel calls, and passes over what is summed in fp32.
 
 The constants are fitted to the `mmsp` rows of tools/benchmark_results/attention_2xh200.json (2 H200, 16K to 128K tokens): what a row takes
-beyond the fastest one with no communication. tests/test_mesh_cost.py holds the model to those rows, within `Cost.error_s`. Nothing was
-measured below 16K tokens, with a ring of more than two ranks, or between real hosts.
+beyond the fastest one with no communication. tests/test_mesh_cost.py holds the model to those rows, within `Cost.error_s`. Attention
+alone was not measured below 16K tokens, with a ring of more than two ranks, or between real hosts.
 
 Shapes: U ulysses ranks, R ring ranks, S tokens, N query and K key/value heads of a tensor-parallel rank, H head dim. Times in seconds.
 """
@@ -158,4 +158,9 @@ def explain(costs: list[Cost], row: Row, machine: Machine) -> str:
     """One line that says what was chosen and what the other meshes would have cost."""
     links = f"{machine.gpus_per_host} GPUs per host, {machine.host_gb_per_s:g} and {machine.network_gb_per_s:g} GB/s inside and across"
     others = "; ".join(map(str, costs[1:])) or "no other mesh fits the heads"
-    return f"chose {costs[0]} for {row.num_samples} samples in {row.length} tokens, {links}. Otherwise: {others}"
+    first, cheapest = costs[0], min(costs, key=lambda cost: cost.total_s)
+    why = ""
+    if cheapest is not first:
+        gain, error = (1e3 * x for x in (first.total_s - cheapest.total_s, first.error_s + cheapest.error_s))
+        why = f"; the largest ulysses stays: another is {gain:.2f} ms cheaper, by what may be wrong by {error:.2f}"
+    return f"chose {first} for {row.num_samples} samples in {row.length} tokens, {links}{why}. Otherwise: {others}"

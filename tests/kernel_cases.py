@@ -74,12 +74,12 @@ def merge_into(dtype, device, rows=29, heads=3, head_dim=24) -> Case:
     return Case((out, lse, block_out, block_lse), function)
 
 
-def take_rows(dtype, device, rows=13, taken=7, width=1500) -> Case:
+def take_rows(dtype, device, rows=13, taken=7, width=2500) -> Case:
     index = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))[:taken].to(device)
     return Case((_random(device, rows, width, dtype=dtype), index), lambda kernels, *x: (kernels.take_rows(*x),), (0,))
 
 
-def place_rows(dtype, device, rows=13, placed=7, width=1500) -> Case:
+def place_rows(dtype, device, rows=13, placed=7, width=2500) -> Case:
     index = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))[:placed].to(device)
     inputs = (_random(device, rows, width, dtype=dtype), _random(device, placed, width, dtype=dtype), index)
     return Case(inputs, lambda kernels, *x: (kernels.place_rows(*x),), (0, 1))
@@ -95,7 +95,7 @@ def swiglu(dtype, device, rows=5, width=1500) -> Case:
     return Case((_random(device, rows, 2 * width, dtype=dtype, scale=3.0),), lambda kernels, x: (kernels.swiglu(x),), (0,))
 
 
-def cross_entropy(dtype, device, rows=6, width=5000, first_column=700, meaningless=200) -> Case:
+def cross_entropy(dtype, device, rows=6, width=9000, first_column=700, meaningless=200) -> Case:
     """Some labels lie in other ranks' columns; the last columns only pad the vocabulary."""
     logits = _random(device, rows, width, dtype=dtype, scale=4.0)
     logits[:, width - meaningless :] = float("-inf")

@@ -188,9 +188,9 @@ def header_mesh(name: str, model: str, num_gpus: int) -> tuple[list[int], str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def place_of_datasets(tmp_path_factory) -> Path:
     """What a chain needs to be on disk: datasets and a checkpoint of which nothing but their mark is read, and a tokenizer."""
-    place = tmp_path_factory.mktemp("workplace")
+    place = tmp_path_factory.mktemp("place_of_datasets")
     folders = {folder for path in STAGES for folder in yaml.safe_load(path.read_text())["data"]["train"]}
     write_dataset_marks(place / folder for folder in folders)
     write_sentencepiece(place / "tokenizer.model")
@@ -213,9 +213,9 @@ def plan(path: Path, flags: list[str], num_gpus: int) -> list[Planned]:
 
 @pytest.mark.parametrize("num_gpus", [8, 256])
 @pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)
-def test_a_chain_fits_together(path, num_gpus, workplace, monkeypatch):
+def test_a_chain_fits_together(path, num_gpus, place_of_datasets, monkeypatch):
     """On the meshes that the headers of its stage files name, with their flags; the comments of the chain file name these."""
-    monkeypatch.chdir(workplace)
+    monkeypatch.chdir(place_of_datasets)
     model = Path(yaml.safe_load(path.read_text())["base"][0]).stem
     meshes = {name: header_mesh(name, model, num_gpus) for name in chain_stages(path)}
     flags = {}

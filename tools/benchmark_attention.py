@@ -12,7 +12,8 @@
 
 Rows that OUTPUT holds are not measured again, so a run that was cut short goes on where it stopped; `run` says which entry of `runs` in
 OUTPUT's twin `*_machine.json` measured a row: date, command, commit, driver. The twin also has hardware and versions, and which schemes
-were left out and why. Code of another commit adds no rows unless `--allow_other_commit` is given. Times are medians of 5 iterations after
+were left out and why. Code of another commit adds no rows to a file that names its commits, unless `--allow_other_commit` is given; a
+copy without git has none to name. Times are medians of 5 iterations after
 a warm-up, the largest over the ranks; TFLOP/s count the causal half and backward as 2.5 forwards. `peak_memory_gib` is what a step
 allocates at most beyond its inputs and results. MM-SP with ulysses is timed from the output of the projection on, bias and rotary
 included, as the model calls it; everything else starts at queries, keys and values. `fraction_of_no_communication` compares with the
@@ -150,7 +151,7 @@ def is_wanted(name: str, case: Case, work: str, num_ranks: int) -> bool:
     """Peers that lose by far at shorter lengths are not waited for at long ones.
 
     Beyond 256K these are left: the ceilings, ours with ulysses alone and with a ring of all ranks (all rings where heads forbid ulysses
-    alone), and the two modes of TE that are fastest at 256K on four H200: p2p with 537 TFLOP/s per GPU and a2a+p2p with 520, not a2a, 514.
+    alone), and the two modes of TE that were fastest at 256K on four H200 before: p2p and a2a+p2p, not a2a.
     """
     length = case.total_rows
     if name == "replicated":

@@ -6,6 +6,7 @@ Planned once for each layout, rank and device. Shapes: R ranks, S rows of a shar
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,7 +65,7 @@ def add(x: Tensor, rows: Rows, values: Tensor) -> None:
         x.index_add_(0, _index(rows, x.device), values.to(x.dtype))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _index(rows: Scattered, device: torch.device) -> Tensor:
     return platform.upload(torch.from_numpy(rows.rows), device)
 
@@ -109,7 +110,8 @@ def gathered_blocks(layout: SequenceLayout, rank: int, tile: int | None = None, 
         between = slice(start + (rank + 1) * chunk, start + (2 * layout.ring_size - 1 - rank) * chunk)
         after = (slice(rows.start + chunk, rows.stop), between)
         rectangles.append([before] * (rank > 0) + [after] * (rank < layout.ring_size - 1))
-    return _grouped(rectangles, layout, tile, short)
+    # `short` is where the work of a causal square is small; here the same rows meet R - 1 times as many pairs.
+    return _grouped(rectangles, layout, tile, math.isqrt(short**2 // max(1, layout.ring_size - 1)))
 
 
 @lru_cache(maxsize=256)

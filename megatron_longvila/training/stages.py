@@ -4,7 +4,8 @@ The digests of the input are taken before a resumed run loads its state, from th
 compares with the true start. Hashing reads every local weight once (three times per run, about a second per GB).
 
 These digests see only what changes after loading. What loading itself does is checked on the disk, at the end: the frozen tensors of the
-last checkpoint are those of the input, rounded once if the run's dtype is less exact, which is counted and logged when it happens.
+last checkpoint are those of the input, rounded once if the run's dtype is less exact, which is counted and logged when it happens. That
+reads each of them twice from the disk, shared by the ranks.
 """
 
 from __future__ import annotations
