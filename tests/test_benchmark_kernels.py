@@ -36,7 +36,7 @@ def test_rows_of_all_implementations(tmp_path):
 def test_sweep(tmp_path):
     assert run_ranks(_run, 1, tmp_path / "rows.json", ["merge_into", "--sweep"]) == [[]]
     names = [row["implementation"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
-    assert names == ["triton PAIRS=8", "triton PAIRS=16", "triton PAIRS=32"]
+    assert names == ["triton PAIRS=4", "triton PAIRS=8", "triton PAIRS=16"]
 
 
 def test_a_peer_that_does_not_run_is_reported_and_costs_nothing_else(tmp_path):
