@@ -63,7 +63,7 @@ def ring_on_one_device(
             if transport == "all_gather":
                 return torch.cat(shares) if blocks.fits_as_gathered(layout) else torch.arange(layout.total_rows, device=q.device)
             sender = (rank - visit.step) % size
-            return shares[sender][blocks.sent_rows(layout, sender, rank, q.device)]
+            return blocks.take(shares[sender], blocks.sent_rows(layout, sender, rank))
 
         def send_kv(_k, _v, visits, call, source=source):
             return iter([torch.cat((k[source(visit)][:, visit.kv_heads], v[source(visit)][:, visit.kv_heads]), dim=1) for visit in visits])

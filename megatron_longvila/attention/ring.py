@@ -184,7 +184,7 @@ def _send_kv(k: Tensor, v: Tensor, visits: tuple[Visit, ...], call: RingCall) ->
         if call.transport == "all_gather":
             pending.append(start_gather_rows(kv, call.group))
             continue
-        sent = kv[sent_rows(layout, rank, (rank + visit.step) % size, kv.device)]
+        sent = take(kv, sent_rows(layout, rank, (rank + visit.step) % size))
         num_rows = num_sent(layout, (rank - visit.step) % size, rank)
         pending.append(ring_send_recv(sent, call.group, step=visit.step, recv_rows=num_rows, tag=visit.tag))
     if call.transport == "all_gather" and not fits_as_gathered(layout):
@@ -208,12 +208,9 @@ def _add_dkv(sums: tuple[Tensor, Tensor], received: Tensor, visit: Visit, call: 
     if call.transport == "all_gather":
         received, rows = received.sum(0, dtype=sums[0].dtype), slice(0, layout.share_rows)
     else:
-        rows = sent_rows(layout, rank, (rank + visit.step) % layout.ring_size, received.device)
+        rows = sent_rows(layout, rank, (rank + visit.step) % layout.ring_size)
     for total, part in zip(sums, received.chunk(2, dim=1), strict=True):
-        if isinstance(rows, slice):
-            total[rows] += part
-        else:
-            total.index_add_(0, rows, part.to(total.dtype))
+        add(total, rows, part)
 
 
 class _Softmax:

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_longvila.attention.blocks import Scattered, fits_as_gathered, gathered_blocks, own_blocks, sent_rows, visiting_blocks
 from megatron_longvila.parallel.plan import SequenceLayout, pad_samples, share_order
@@ -34,7 +33,7 @@ def _wanted(layout, rank):
 
 def _received(layout, share, source, reader):
     """Positions in the padded pack of the rows that `source` sends to `reader`."""
-    return share[sent_rows(layout, source, reader, torch.device("cpu"))]
+    return share[_taken(sent_rows(layout, source, reader))]
 
 
 @pytest.mark.parametrize("ring_size", [1, 2, 3, 4])
