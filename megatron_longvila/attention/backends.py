@@ -73,6 +73,11 @@ PACKED_WORK = 1 << 34
 of 32 heads of 128. See `benchmark_attention --work packed`."""
 
 
+MAX_BACKWARD_VALUES = 2**31
+"""Of the output (rows x query heads x head dim) in one backward call of cuDNN, whose sums of grad_out * out count in 32 bits. At 2**32 (a
+million rows of 32 heads of 128) cuDNN 9.19 gives a dQ wrong by 40 times its size and a wrong dK, without a word; dV is right."""
+
+
 class Backend(Protocol):
     """One way to compute attention. `causal` means that row t sees keys 0..t and needs T == S.
 
@@ -269,7 +274,8 @@ class CudnnBackend(_AtenBackend):
     """cuDNN's fused attention. 1.7x FlashAttention-2 on Hopper (600 against 345 TFLOP/s forward at 32K tokens).
 
     cuDNN refuses a single key: such a block (a sample of one token, or one chunk of one token) is computed by the reference. It plans for
-    every new shape, which costs more than a small block itself: row counts are rounded up, so that few shapes ever occur.
+    every new shape, which costs more than a small block itself: row counts are rounded up, so that few shapes ever occur. Its backward
+    counts the output's values in 32 bits: blocks with more take a call for each group of heads.
     """
 
     name, max_head_dim, other = "cudnn", 128, "'flash' (head dims up to 256) or 'reference'"
@@ -287,7 +293,20 @@ class CudnnBackend(_AtenBackend):
     def _backward(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         if k_SKH.shape[0] == 1:
             return reference.attention_backward(grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal=causal, scale=scale)
+        tensors, groups = (grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN), num_backward_calls(q_TNH, k_SKH.shape[1])
+        if groups == 1:
+            return self._backward_call(*tensors, causal, scale)
+        grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TNH, k_SKH, v_SKH))
+        for group in zip(*(x.chunk(groups, dim=1) for x in (*grads, *tensors)), strict=True):
+            for target, grad in zip(group[:3], self._backward_call(*group[3:], causal, scale), strict=True):
+                target.copy_(grad)
+        return grads
+
+    def _backward_call(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal: bool, scale: float):
         unused = torch.empty((), dtype=torch.int64, device=q_TNH.device)  # random state of the dropout that is never applied
+        # Without gaps: those count towards the 32 bits too, and torch keeps plans by the strides of q, k and v alone, so that a call whose
+        # output has other strides than that of an earlier one would be computed with the earlier ones.
+        grad_out_TNH, out_TNH = grad_out_TNH.contiguous(), out_TNH.contiguous()
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *(_to_aten(x) for x in (grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH)),
             lse_TN.t().contiguous()[None, :, :, None],
@@ -303,6 +322,23 @@ class CudnnBackend(_AtenBackend):
             scale=scale,
         )
         return tuple(_from_aten(grad) for grad in grads)
+
+
+def num_backward_calls(q_TNH: Tensor, num_kv_heads: int) -> int:
+    """Groups of key/value heads, of one size, that cuDNN's backward takes one after the other; see `MAX_BACKWARD_VALUES`.
+
+    Raises:
+        ValueError: the query heads of one key/value head are too much already.
+    """
+    of_one_kv_head = q_TNH.numel() // num_kv_heads
+    if of_one_kv_head > MAX_BACKWARD_VALUES:
+        raise ValueError(
+            f"attention backend 'cudnn' counts at most {MAX_BACKWARD_VALUES} values in backward, but one key/value head has "
+            f"{of_one_kv_head} (rows x its query heads x head dim); spread the sequence over more ranks or set "
+            "model.attention_backend to 'flash'"
+        )
+    fits = MAX_BACKWARD_VALUES // of_one_kv_head
+    return next(groups for groups in range(1, num_kv_heads + 1) if num_kv_heads % groups == 0 and num_kv_heads // groups <= fits)
 
 
 class FlashBackend(_AtenBackend):

@@ -92,6 +92,53 @@ def test_heads_that_a_gpu_backend_cannot_do_are_refused_with_the_way_out():
     cudnn.check(head_dim=128, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize(("limit", "calls"), [(1536, 1), (1535, 2), (768, 2), (767, 4), (384, 4), (383, None)])
+@pytest.mark.parametrize("num_keys", [16, 24])
+def test_the_backward_of_cudnn_takes_blocks_that_outgrow_its_counts_in_groups_of_heads(monkeypatch, num_keys, limit, calls):
+    """With the reference's products inside, in fp64: 12 query heads on 4 key/value heads, 8 values each."""
+    seen = []
+
+    def products(self, grad_out, q, k, v, out, lse, causal, scale):
+        seen.append(k.shape[1])
+        return backends.reference.attention_backward(grad_out, q, k, v, out, lse, causal=causal, scale=scale)
+
+    monkeypatch.setattr(backends.CudnnBackend, "_backward_call", products)
+    monkeypatch.setattr(backends.CudnnBackend, "row_multiple", 1)
+    monkeypatch.setattr(backends, "MAX_BACKWARD_VALUES", limit)
+    backend, twin = object.__new__(backends.CudnnBackend), backends.get_backend("reference")
+    call = dict(causal=num_keys == 16, scale=0.3)
+    generator = torch.Generator().manual_seed(0)
+    q, grad_out = torch.randn(2, 16, 12, 8, dtype=torch.float64, generator=generator)
+    k, v = torch.randn(2, num_keys, 4, 8, dtype=torch.float64, generator=generator)
+    out, lse = twin.forward(q, k, v, **call)
+    if calls is None:
+        with pytest.raises(ValueError, match="at most 383 values in backward, but one key/value head has 384 .*'flash'"):
+            backend.backward(grad_out, q, k, v, out, lse, **call)
+        return
+    for value, right in zip(
+        backend.backward(grad_out, q, k, v, out, lse, **call), twin.backward(grad_out, q, k, v, out, lse, **call), strict=True
+    ):
+        torch.testing.assert_close(value, right)
+    assert seen == [4 // calls] * calls
+
+
+def test_the_backward_of_cudnn_gets_output_and_gradient_without_gaps(monkeypatch):
+    """torch would take the plan of an earlier call with the same q, k and v for an output with other strides."""
+    seen = []
+    operation = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+
+    def spy(grad_out, q, k, v, out, *rest, **options):
+        seen.extend(x.transpose(1, 2).is_contiguous() for x in (grad_out, out))
+        return operation(grad_out, q, k, v, out, *rest, **options)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", spy)
+    backend = object.__new__(backends.CudnnBackend)  # the constructor refuses a machine without a GPU
+    q, grad_out, out = torch.empty(3, 256, 8, 64, dtype=torch.bfloat16, device="meta")[:, :, 2:6].unbind()
+    k, v = torch.empty(2, 256, 2, 64, dtype=torch.bfloat16, device="meta")
+    backend.backward(grad_out, q, k, v, out, torch.empty(256, 4, device="meta"), causal=True, scale=0.1)
+    assert seen == [True, True]
+
+
 @pytest.mark.parametrize("num_rows", [1, 15, 16, 37])
 @pytest.mark.parametrize("num_keys", [None, 24])
 def test_rows_that_fill_a_block_up_change_nothing(num_rows, num_keys):

@@ -159,6 +159,42 @@ def test_rectangles(name, num_rows, num_keys):
     check_rectangle(get_backend(name), num_rows, num_keys)
 
 
+# rows, keys, heads: 2**32 values of queries; of keys, once each query head has its own; and 1.25 * 2**31 of queries
+WIDE = [(1 << 16, 1 << 16, (512, 128)), (1 << 13, 1 << 19, (64, 16)), (1 << 16, 1 << 16, (320, 80))]
+
+
+def _norms(x: torch.Tensor) -> torch.Tensor:
+    """Of each head, [N, ...]."""
+    return x.transpose(0, 1).flatten(1).norm(dim=1)
+
+
+def wide_errors(backend: Backend, num_rows: int, num_keys: int, heads: tuple[int, int], parts: int = 4) -> dict[str, float]:
+    """Largest relative difference of a head's 1,024 rows between one call for all heads and a call for each of `parts` groups of them."""
+    q, _, _, grad_out = random_qkv(num_rows, heads)
+    _, k, v, _ = random_qkv(num_keys, (1, heads[1]))
+    call = dict(causal=num_rows == num_keys, scale=SCALE)
+    out, lse = backend.forward(q, k, v, **call)
+    whole = (out, lse, *backend.backward(grad_out, q, k, v, out, lse, **call))
+    worst = dict.fromkeys((NAMES[0], "lse", *NAMES[1:]), 0.0)
+    for index, (go, *qkv) in enumerate(zip(*(x.chunk(parts, dim=1) for x in (grad_out, q, k, v)), strict=True)):
+        right = backend.forward(*qkv, **call)
+        for name, value, part in zip(worst, whole, (*right, *backend.backward(go, *qkv, *right, **call)), strict=True):
+            pairs = zip(value.chunk(parts, dim=1)[index].split(1024), part.split(1024), strict=True)
+            errors = [_norms(one.float() - two.float()) / _norms(two.float()) for one, two in pairs]
+            error = torch.stack(errors).amax()
+            worst[name] = max(worst[name], float("inf") if error.isnan() else error.item())
+    return worst
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("num_rows", "num_keys", "heads"), WIDE, ids=str)
+def test_more_values_than_32_bits_count(name, num_rows, num_keys, heads):
+    _require_memory(max(num_rows, num_keys) * HEAD_DIM * heads[0] * 24 / 2**30 + 4)
+    errors = wide_errors(get_backend(name), num_rows, num_keys, heads)
+    print(name, num_rows, num_keys, heads, {key: f"{error:.1e}" for key, error in errors.items()})
+    assert max(errors.values()) <= 2**-7, errors  # bf16, and sums in another order
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_no_host_sync_once_a_layout_is_known(name):
     layout = pad_samples((1024, 37, 700), ulysses_size=1, ring_size=1)
