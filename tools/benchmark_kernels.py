@@ -30,9 +30,10 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 
 import torch  # noqa: E402
+from benchmark_rows import code_commit, date  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -324,7 +325,8 @@ def run_all(arguments: argparse.Namespace) -> list[str]:
         raise ValueError(f"--kernels {sorted(unknown)}: choose from {sorted(works)}")
     copied = copy_gb_per_s(1 << 20 if platform.is_cpu() else 1 << 30)
     facts = {"device": platform.device_name(), "versions": versions(), "copy_gb_per_s": copied}
-    facts |= {"command": shlex.join(["tools/benchmark_kernels.py", *sys.argv[1:]]), "rows": [], "failed": []}
+    facts |= {"command": shlex.join(["python", "tools/benchmark_kernels.py", *sys.argv[1:]]), "commit": code_commit(), "date": date()}
+    facts |= {"rows": [], "failed": []}
     for name in arguments.kernels or works:
         work = works[name]()
         for implementation, run, change in variants(name, work, arguments):

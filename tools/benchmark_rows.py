@@ -96,6 +96,17 @@ def code_commit() -> str | None:
     return subprocess.run(words, cwd=root, capture_output=True, text=True).stdout.strip() or None
 
 
+def run_command(tool: str) -> str:
+    """How this process was started."""
+    size = dist.get_world_size()
+    return (f"torchrun --nproc_per_node {size} " if size > 1 else "python ") + shlex.join([tool, *sys.argv[1:]])
+
+
+def date() -> str:
+    """Now, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _driver_version() -> str | None:
     """Of the GPUs; None on a CPU."""
     smi = None if platform.is_cpu() else shutil.which("nvidia-smi")
@@ -137,10 +148,7 @@ class Results:
                 f"the code here is commit {commit or 'unknown'}; "
                 "choose another --output, or pass --allow_other_commit to compare the two in one file"
             )
-        size = dist.get_world_size()
-        command = ("" if size == 1 else f"torchrun --nproc_per_node {size} ") + shlex.join([tool, *sys.argv[1:]])
-        date = datetime.now(UTC).isoformat(timespec="seconds")
-        self.run = {"id": len(runs) + 1, "date": date, "command": command, "commit": commit, "driver": _driver_version()}
+        self.run = {"id": len(runs) + 1, "date": date(), "command": run_command(tool), "commit": commit, "driver": _driver_version()}
         dist.barrier()  # nothing is written before every rank has read
 
     def has(self, key: dict) -> bool:

@@ -74,8 +74,9 @@ of 32 heads of 128. See `benchmark_attention --work packed`."""
 
 
 MAX_BACKWARD_VALUES = 2**31
-"""Of the output (rows x query heads x head dim) in one backward call of cuDNN, whose sums of grad_out * out count in 32 bits. At 2**32 (a
-million rows of 32 heads of 128) cuDNN 9.19 gives a dQ wrong by 40 times its size and a wrong dK, without a word; dV is right."""
+"""Most values of the output (rows x query heads x head dim) in one backward call of cuDNN. With more, 9.19 gives a wrong dQ (by 40 times
+its size at a million rows of 32 heads of 128) and dK without a word, and a right dV, as a 32-bit count in its sums of grad_out * out would.
+The measurements: tools/benchmark_results/gpu_attention_tests_h200.txt."""
 
 
 class Backend(Protocol):
@@ -274,8 +275,9 @@ class CudnnBackend(_AtenBackend):
     """cuDNN's fused attention. 1.7x FlashAttention-2 on Hopper (600 against 345 TFLOP/s forward at 32K tokens).
 
     cuDNN refuses a single key: such a block (a sample of one token, or one chunk of one token) is computed by the reference. It plans for
-    every new shape, which costs more than a small block itself: row counts are rounded up, so that few shapes ever occur. Its backward
-    counts the output's values in 32 bits: blocks with more take a call for each group of heads.
+    every new shape, which costs more than a small block itself: row counts are rounded up, so that few shapes ever occur. Its backward is
+    wrong beyond `MAX_BACKWARD_VALUES`: larger blocks take a call for each group of heads, and if one key/value head's query heads are too
+    much, ValueError is raised.
     """
 
     name, max_head_dim, other = "cudnn", 128, "'flash' (head dims up to 256) or 'reference'"
@@ -304,8 +306,8 @@ class CudnnBackend(_AtenBackend):
 
     def _backward_call(self, grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_TN, causal: bool, scale: float):
         unused = torch.empty((), dtype=torch.int64, device=q_TNH.device)  # random state of the dropout that is never applied
-        # Without gaps: those count towards the 32 bits too, and torch keeps plans by the strides of q, k and v alone, so that a call whose
-        # output has other strides than that of an earlier one would be computed with the earlier ones.
+        # Without gaps: views that reach over more than MAX_BACKWARD_VALUES are as wrong as tensors of that size, and torch keeps plans by
+        # the strides of q, k and v alone (MHAParams in its cudnn/MHA.cpp): an output with other strides than an earlier call's is misread.
         grad_out_TNH, out_TNH = grad_out_TNH.contiguous(), out_TNH.contiguous()
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *(_to_aten(x) for x in (grad_out_TNH, q_TNH, k_SKH, v_SKH, out_TNH)),
@@ -334,8 +336,7 @@ def num_backward_calls(q_TNH: Tensor, num_kv_heads: int) -> int:
     if of_one_kv_head > MAX_BACKWARD_VALUES:
         raise ValueError(
             f"attention backend 'cudnn' counts at most {MAX_BACKWARD_VALUES} values in backward, but one key/value head has "
-            f"{of_one_kv_head} (rows x its query heads x head dim); spread the sequence over more ranks or set "
-            "model.attention_backend to 'flash'"
+            f"{of_one_kv_head} (rows x its query heads x head dim); raise parallel.ring_size or set model.attention_backend to 'flash'"
         )
     fits = MAX_BACKWARD_VALUES // of_one_kv_head
     return next(groups for groups in range(1, num_kv_heads + 1) if num_kv_heads % groups == 0 and num_kv_heads // groups <= fits)

@@ -92,10 +92,8 @@ def test_heads_that_a_gpu_backend_cannot_do_are_refused_with_the_way_out():
     cudnn.check(head_dim=128, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize(("limit", "calls"), [(1536, 1), (1535, 2), (768, 2), (767, 4), (384, 4), (383, None)])
-@pytest.mark.parametrize("num_keys", [16, 24])
-def test_the_backward_of_cudnn_takes_blocks_that_outgrow_its_counts_in_groups_of_heads(monkeypatch, num_keys, limit, calls):
-    """With the reference's products inside, in fp64: 12 query heads on 4 key/value heads, 8 values each."""
+def reference_inside(monkeypatch, limit: int) -> tuple[backends.CudnnBackend, list[int]]:
+    """(cuDNN's backend with the reference's products inside, the key/value heads of each backward call)."""
     seen = []
 
     def products(self, grad_out, q, k, v, out, lse, causal, scale):
@@ -103,40 +101,50 @@ def test_the_backward_of_cudnn_takes_blocks_that_outgrow_its_counts_in_groups_of
         return backends.reference.attention_backward(grad_out, q, k, v, out, lse, causal=causal, scale=scale)
 
     monkeypatch.setattr(backends.CudnnBackend, "_backward_call", products)
-    monkeypatch.setattr(backends.CudnnBackend, "row_multiple", 1)
     monkeypatch.setattr(backends, "MAX_BACKWARD_VALUES", limit)
-    backend, twin = object.__new__(backends.CudnnBackend), backends.get_backend("reference")
-    call = dict(causal=num_keys == 16, scale=0.3)
+    return object.__new__(backends.CudnnBackend), seen  # the constructor refuses a machine without a GPU
+
+
+# key/value heads with 3 query heads of 8 values each, on 256 rows: 6,144 values a key/value head
+@pytest.mark.parametrize(("limit", "num_kv_heads", "calls"), [(4, 4, 1), (3, 4, 2), (2, 4, 2), (1, 4, 4), (3, 6, 2), (2, 6, 3), (1, 1, 1)])
+@pytest.mark.parametrize(("num_rows", "num_keys"), [(256, 256), (201, 201), (201, 24)])
+def test_large_blocks_take_a_backward_call_of_cudnn_for_each_group_of_heads(monkeypatch, num_rows, num_keys, limit, num_kv_heads, calls):
+    """In fp64; rows are filled up to 256 before they are counted."""
+    backend, seen = reference_inside(monkeypatch, limit * 6144)
+    twin, call = backends.get_backend("reference"), dict(causal=num_rows == num_keys, scale=0.3)
     generator = torch.Generator().manual_seed(0)
-    q, grad_out = torch.randn(2, 16, 12, 8, dtype=torch.float64, generator=generator)
-    k, v = torch.randn(2, num_keys, 4, 8, dtype=torch.float64, generator=generator)
-    out, lse = twin.forward(q, k, v, **call)
-    if calls is None:
-        with pytest.raises(ValueError, match="at most 383 values in backward, but one key/value head has 384 .*'flash'"):
-            backend.backward(grad_out, q, k, v, out, lse, **call)
-        return
-    for value, right in zip(
-        backend.backward(grad_out, q, k, v, out, lse, **call), twin.backward(grad_out, q, k, v, out, lse, **call), strict=True
-    ):
+    q, grad_out = torch.randn(2, num_rows, 3 * num_kv_heads, 8, dtype=torch.float64, generator=generator)
+    k, v = torch.randn(2, num_keys, num_kv_heads, 8, dtype=torch.float64, generator=generator)
+    saved = q, k, v, *twin.forward(q, k, v, **call)
+    grads = backend.backward(grad_out, *saved, **call), twin.backward(grad_out, *saved, **call)
+    for value, right in zip(*grads, strict=True):
         torch.testing.assert_close(value, right)
-    assert seen == [4 // calls] * calls
+    assert seen == [num_kv_heads // calls] * calls
 
 
-def test_the_backward_of_cudnn_gets_output_and_gradient_without_gaps(monkeypatch):
+def test_a_key_value_head_that_is_too_much_by_itself_is_refused(monkeypatch):
+    backend, _ = reference_inside(monkeypatch, 6143)
+    q, k, lse = torch.randn(201, 6, 8), torch.randn(201, 2, 8), torch.randn(201, 6)
+    with pytest.raises(ValueError, match="at most 6143 values in backward, but one .* has 6144 .* raise parallel.ring_size or .*'flash'"):
+        backend.backward(q, q, k, k, q, lse, causal=True, scale=0.3)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_backward_of_cudnn_gets_output_and_gradient_without_gaps(monkeypatch, calls):
     """torch would take the plan of an earlier call with the same q, k and v for an output with other strides."""
     seen = []
-    operation = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
-    def spy(grad_out, q, k, v, out, *rest, **options):
+    def operation(grad_out, q, k, v, out, *_, **__):
         seen.extend(x.transpose(1, 2).is_contiguous() for x in (grad_out, out))
-        return operation(grad_out, q, k, v, out, *rest, **options)
+        return tuple(torch.empty_like(x) for x in (q, k, v))
 
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", spy)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", operation)
+    monkeypatch.setattr(backends, "MAX_BACKWARD_VALUES", 256 * 4 * 64 // calls)
     backend = object.__new__(backends.CudnnBackend)  # the constructor refuses a machine without a GPU
     q, grad_out, out = torch.empty(3, 256, 8, 64, dtype=torch.bfloat16, device="meta")[:, :, 2:6].unbind()
     k, v = torch.empty(2, 256, 2, 64, dtype=torch.bfloat16, device="meta")
     backend.backward(grad_out, q, k, v, out, torch.empty(256, 4, device="meta"), causal=True, scale=0.1)
-    assert seen == [True, True]
+    assert seen == [True, True] * calls
 
 
 @pytest.mark.parametrize("num_rows", [1, 15, 16, 37])
