@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform as python_platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -33,11 +32,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 
 import torch  # noqa: E402
-from benchmark_rows import code_commit, date  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
+from benchmark_rows import this_run  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_longvila import platform  # noqa: E402
@@ -325,8 +324,7 @@ def run_all(arguments: argparse.Namespace) -> list[str]:
         raise ValueError(f"--kernels {sorted(unknown)}: choose from {sorted(works)}")
     copied = copy_gb_per_s(1 << 20 if platform.is_cpu() else 1 << 30)
     facts = {"device": platform.device_name(), "versions": versions(), "copy_gb_per_s": copied}
-    facts |= {"command": shlex.join(["python", "tools/benchmark_kernels.py", *sys.argv[1:]]), "commit": code_commit(), "date": date()}
-    facts |= {"rows": [], "failed": []}
+    facts |= {**this_run("tools/benchmark_kernels.py"), "rows": [], "failed": []}
     for name in arguments.kernels or works:
         work = works[name]()
         for implementation, run, change in variants(name, work, arguments):

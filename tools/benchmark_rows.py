@@ -96,15 +96,12 @@ def code_commit() -> str | None:
     return subprocess.run(words, cwd=root, capture_output=True, text=True).stdout.strip() or None
 
 
-def run_command(tool: str) -> str:
-    """How this process was started."""
-    size = dist.get_world_size()
-    return (f"torchrun --nproc_per_node {size} " if size > 1 else "python ") + shlex.join([tool, *sys.argv[1:]])
-
-
-def date() -> str:
-    """Now, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def this_run(tool: str) -> dict[str, str | None]:
+    """When and how this process measured, and what code and driver."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    command = (f"torchrun --nproc_per_node {size} " if size > 1 else "python ") + shlex.join([tool, *sys.argv[1:]])
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"date": date, "command": command, "commit": code_commit(), "driver": _driver_version()}
 
 
 def _driver_version() -> str | None:
@@ -140,15 +137,15 @@ class Results:
         if any(self.facts[name] != here[name] for name in here):
             known = {name: self.facts[name] for name in here}
             raise ValueError(f"{self.facts_path} is of another machine: {known}, here {here}; choose another --output")
-        runs, commit = self.facts.setdefault("runs", []), code_commit()
-        others = {run["commit"] for run in runs} - {commit}
+        runs, run = self.facts.setdefault("runs", []), this_run(tool)
+        others = {earlier["commit"] for earlier in runs} - {run["commit"]}
         if others and not allow_other_commit:
             raise ValueError(
                 f"{path} holds rows of commit {', '.join(other or 'unknown' for other in others)}, "
-                f"the code here is commit {commit or 'unknown'}; "
+                f"the code here is commit {run['commit'] or 'unknown'}; "
                 "choose another --output, or pass --allow_other_commit to compare the two in one file"
             )
-        self.run = {"id": len(runs) + 1, "date": date(), "command": run_command(tool), "commit": commit, "driver": _driver_version()}
+        self.run = {"id": len(runs) + 1} | run
         dist.barrier()  # nothing is written before every rank has read
 
     def has(self, key: dict) -> bool:

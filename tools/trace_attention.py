@@ -20,7 +20,7 @@ import attention_peers as peers  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from benchmark_attention import count, prepare_nccl  # noqa: E402
-from benchmark_rows import code_commit, date, machine, run_command  # noqa: E402
+from benchmark_rows import machine, this_run  # noqa: E402
 
 from megatron_longvila import platform  # noqa: E402
 
@@ -141,8 +141,14 @@ def main(argv: list[str] | None = None) -> None:
     kernels = record(step, peers.make_inputs(case))
     if dist.get_rank() == 0:
         name = f"mmsp ulysses{ulysses_size} ring{ring_size} {arguments.transport}, heads {arguments.heads}, {arguments.length} tokens"
-        run = {"command": run_command("tools/trace_attention.py"), "commit": code_commit(), "date": date()}
-        facts = {"scheme": name, "hosts": arguments.hosts, **run, **machine(), "summary": summary(kernels), "kernels": kernels}
+        facts = {
+            "scheme": name,
+            "hosts": arguments.hosts,
+            **this_run("tools/trace_attention.py"),
+            **machine(),
+            "summary": summary(kernels),
+            "kernels": kernels,
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts, indent=1) + "\n")
         draw(facts, path.with_suffix(".png"))

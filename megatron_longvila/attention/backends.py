@@ -4,8 +4,7 @@ fp32 reference.
 Shapes: T query rows, S key rows, N query heads, K key/value heads (K divides N; query head n uses key/value head n // (N/K)), H head dim.
 Tensors may be strided views as long as the last dimension is contiguous.
 
-The aten operations are private and may change with any torch release. Their schemas are compared with `ACCEPTED_SCHEMAS` when a backend
-is built, and an unknown one is refused. To add a torch version: print `live_schemas()` there, read what changed, run tests/gpu, add it.
+The aten operations are private and may change with any torch release: an unknown schema is refused when a backend is built (schemas.py).
 """
 
 from __future__ import annotations
@@ -19,59 +18,12 @@ import torch
 from torch import Tensor
 
 from megatron_longvila import platform
+from megatron_longvila.attention.schemas import check_schemas
 from megatron_longvila.kernels import reference
-
-_FORWARD_RESULT = "(Tensor output, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, "
-ACCEPTED_SCHEMAS: dict[str, tuple[str, ...]] = {
-    "_scaled_dot_product_cudnn_attention": (
-        "aten::_scaled_dot_product_cudnn_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, "
-        "float dropout_p=0., bool is_causal=False, bool return_debug_mask=False, *, float? scale=None) -> "
-        + _FORWARD_RESULT
-        + "Tensor philox_seed, Tensor philox_offset, Tensor debug_attn_mask)",
-    ),
-    "_scaled_dot_product_cudnn_attention_backward": (
-        "aten::_scaled_dot_product_cudnn_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
-        "Tensor logsumexp, Tensor philox_seed, Tensor philox_offset, Tensor attn_bias, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, "
-        "SymInt max_k, float dropout_p, bool is_causal, *, float? scale=None) -> (Tensor, Tensor, Tensor)",
-    ),
-    "_scaled_dot_product_flash_attention": (
-        "aten::_scaled_dot_product_flash_attention(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, "
-        "bool return_debug_mask=False, *, float? scale=None) -> "
-        + _FORWARD_RESULT
-        + "Tensor rng_state, Tensor unused, Tensor debug_attn_mask)",
-    ),
-    "_scaled_dot_product_flash_attention_backward": (
-        "aten::_scaled_dot_product_flash_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
-        "Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, "
-        "Tensor philox_seed, Tensor philox_offset, *, float? scale=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    ),
-    "_flash_attention_forward": tuple(
-        "aten::_flash_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, "
-        "SymInt max_k, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, SymInt? window_size_left=None, "
-        "SymInt? window_size_right=None, Tensor? seqused_k=None, Tensor? alibi_slopes=None" + more + ") -> "
-        "(Tensor output, Tensor softmax_logsumexp, Tensor rng_state, Tensor unused, Tensor debug_attn_mask)"
-        for more in ("", ", Tensor? block_table=None, int? num_splits=None")
-    ),
-    "_flash_attention_backward": (
-        "aten::_flash_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
-        "Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, Tensor rng_state, "
-        "Tensor unused, *, float? scale=None, SymInt? window_size_left=None, SymInt? window_size_right=None) -> (Tensor, Tensor, Tensor)",
-    ),
-    "_scaled_dot_product_flash_attention_for_cpu": (
-        "aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, float dropout_p=0., "
-        "bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)",
-    ),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (
-        "aten::_scaled_dot_product_flash_attention_for_cpu_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
-        "Tensor logsumexp, float dropout_p, bool is_causal, *, Tensor? attn_mask=None, float? scale=None) -> "
-        "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    ),
-}
 
 PACKED_WORK = 1 << 34
 """rows^2 x query heads x head dim of a sample up to which FlashAttention on a whole pack beats a call of cuDNN for each sample: 2,048 rows
 of 32 heads of 128. See `benchmark_attention --work packed`."""
-
 
 MAX_BACKWARD_VALUES = 2**31
 """Most values of the output (rows x query heads x head dim) in one backward call of cuDNN. With more, 9.19 gives a wrong dQ (by 40 times
@@ -386,25 +338,6 @@ def get_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"attention backend {name!r} is unknown; choose one of {sorted(BACKENDS)} or 'auto'")
     return BACKENDS[name]()
-
-
-def live_schemas() -> dict[str, str]:
-    """Schemas of the private operations in the torch that runs, by name; '' where an operation is missing."""
-    operations = {name: getattr(torch.ops.aten, name, None) for name in ACCEPTED_SCHEMAS}
-    return {name: "" if operation is None else str(operation.default._schema) for name, operation in operations.items()}
-
-
-def check_schemas(*names: str) -> None:
-    """Raise a RuntimeError naming the versions if one of these operations is not as accepted."""
-    live = live_schemas()
-    for name in names:
-        if live[name] not in ACCEPTED_SCHEMAS[name]:
-            raise RuntimeError(
-                f"aten.{name} of torch {torch.__version__} is not the one known from torch 2.11 to 2.13:\n"
-                f"  here  {live[name] or 'missing'}\n  known {' | '.join(ACCEPTED_SCHEMAS[name])}\n"
-                f"install a known torch, set model.attention_backend to 'reference', or check the change, run tests/gpu "
-                f"and add the schema to ACCEPTED_SCHEMAS"
-            )
 
 
 @lru_cache(maxsize=64)

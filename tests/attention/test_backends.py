@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_longvila import platform
-from megatron_longvila.attention import backends
+from megatron_longvila.attention import backends, schemas
 
 
 @pytest.mark.skipif(not platform.is_cpu(), reason="about machines without a GPU")
@@ -21,8 +21,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 def test_the_schemas_of_the_installed_torch_are_accepted():
-    backends.check_schemas(*backends.ACCEPTED_SCHEMAS)
-    assert all(backends.live_schemas().values())
+    schemas.check_schemas(*schemas.ACCEPTED_SCHEMAS)
+    assert all(schemas.live_schemas().values())
 
 
 @pytest.mark.skipif(not platform.is_cpu(), reason="the CPU's kernel")
@@ -55,10 +55,10 @@ def test_the_cpu_kernel_equals_the_reference_with_a_merged_lse(dtype, shape):
 @pytest.mark.parametrize("live", ["aten::op(Tensor q) -> Tensor", ""])
 def test_a_changed_or_missing_operation_is_refused_with_both_schemas(monkeypatch, live):
     name = "_scaled_dot_product_flash_attention"
-    monkeypatch.setattr(backends, "live_schemas", lambda: {name: live})
+    monkeypatch.setattr(schemas, "live_schemas", lambda: {name: live})
     with pytest.raises(RuntimeError) as caught:
-        backends.check_schemas(name)
-    for words in (torch.__version__, live or "missing", backends.ACCEPTED_SCHEMAS[name][0], "'reference'"):
+        schemas.check_schemas(name)
+    for words in (torch.__version__, live or "missing", schemas.ACCEPTED_SCHEMAS[name][0], "'reference'"):
         assert words in str(caught.value)
 
 

@@ -179,15 +179,13 @@ def wide_errors(backend: Backend, num_rows: int, num_keys: int, heads: tuple[int
     call = dict(causal=num_rows == num_keys, scale=SCALE)
     out, lse = backend.forward(q, k, v, **call)
     whole = (out, lse, *backend.backward(grad_out, q, k, v, out, lse, **call))
-    worst = dict.fromkeys((NAMES[0], "lse", *NAMES[1:]), 0.0)
+    errors = {name: [] for name in (NAMES[0], "lse", *NAMES[1:])}
     for index, (go, *qkv) in enumerate(zip(*(x.chunk(parts, dim=1) for x in (grad_out, q, k, v)), strict=True)):
         right = backend.forward(*qkv, **call)
-        for name, value, part in zip(worst, whole, (*right, *backend.backward(go, *qkv, *right, **call)), strict=True):
+        for name, value, part in zip(errors, whole, (*right, *backend.backward(go, *qkv, *right, **call)), strict=True):
             pairs = zip(value.chunk(parts, dim=1)[index].split(1024), part.split(1024), strict=True)
-            errors = [_norms(one.float() - two.float()) / _norms(two.float()) for one, two in pairs]
-            error = torch.stack(errors).amax()
-            worst[name] = max(worst[name], float("inf") if error.isnan() else error.item())
-    return worst
+            errors[name] += [_norms(one.float() - two.float()) / _norms(two.float()) for one, two in pairs]
+    return {name: torch.stack(found).amax().item() for name, found in errors.items()}
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -197,7 +195,7 @@ def test_more_values_than_32_bits_count(name, num_rows, num_keys, heads):
     _require_memory(HEAD_DIM * (num_rows * heads[0] * 16 + num_keys * (heads[1] * 8 + heads[0] * 4)) / 2**30 + 4)
     errors = wide_errors(get_backend(name), num_rows, num_keys, heads)
     print(name, num_rows, num_keys, heads, {key: f"{error:.1e}" for key, error in errors.items()})
-    assert max(errors.values()) <= 2**-7, errors  # bf16, and sums in another order
+    assert all(error <= 2**-7 for error in errors.values()), errors  # bf16, and sums in another order; a NaN is not below
 
 
 @pytest.mark.parametrize("name", BACKENDS)
