@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -16,8 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment() -> dict[str, str]:
-    """This repository's package, one thread per rank."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """This repository's package before all others, one thread per rank."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def start(*words: object, timeout_s: float = 240) -> tuple[int, str]:
@@ -50,6 +52,31 @@ def train(output: Path, datasets: list[Path], tokenizer: Path, *flags: object, n
         "--model.llm.vocab_size", 448, "--data.context_length", 128, "--data.global_batch_size", 2, "--logging.sample_ids", "true",
         "--checkpoint.save_at_end", "false", *flags,
     )  # fmt: skip
+
+
+def question_training(data: Path, output: Path, num_ranks: int, *flags: str) -> list[str]:
+    """The command that trains the tiny model for 30 steps on what `write_question_videos` wrote; flags override."""
+    launch = [sys.executable]
+    if num_ranks > 1:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    return [
+        *launch, "-m", "megatron_longvila.train", "--config", str(ROOT / "examples/models/tiny.yaml"), "--output_dir", str(output),
+        "--data.train", f"[{data}/dataset]", "--data.tokenizer", f"{data}/tokenizer.model", "--data.template", "plain",
+        "--model.llm.vocab_size", "448", "--data.global_batch_size", "2", "--data.context_length", "128", "--optimizer.lr", "0.001",
+        "--training.steps", "30", *flags,
+    ]  # fmt: skip
+
+
+def send_signal(line: list[str], output: Path, number: int, after_step: int) -> tuple[int, str]:
+    """Start a training command and send a signal to rank 0 after a step; returns the exit code and the output."""
+    with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        beat, deadline = output / "heartbeat.json", time.monotonic() + 120
+        while not (beat.exists() and json.loads(beat.read_text())["step"] >= after_step):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.02)
+        os.kill(json.loads(beat.read_text())["pid"], number)
+        text = process.communicate(timeout=120)[0]
+    return process.returncode, text
 
 
 def load_script(path: Path) -> ModuleType:

@@ -86,20 +86,23 @@ class Work:
     peers: dict[str, Callable] = field(default_factory=dict)
 
 
-def make_works(sizes: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Work]]:
-    """Builder of every operation, by the kernel's name."""
+class Works:
+    """Builders of the operations, one method each, at given sizes."""
 
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
+    def __init__(self, sizes: argparse.Namespace, dtype: torch.dtype, device: torch.device):
+        self.sizes, self.dtype, self.device = sizes, dtype, device
+        self.heads = tuple(map(int, sizes.heads.split("/")))  # of queries, of keys and values
 
-    num_heads, num_kv_heads = map(int, sizes.heads.split("/"))
-    rows, head_dim, size = sizes.rows, sizes.head_dim, sizes.ulysses_size
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Random numbers, in the dtype under test unless another is given."""
+        return torch.randn(*shape, device=self.device, dtype=dtype or self.dtype)
 
-    def pack_qkv() -> Work:
-        width = (num_heads + 2 * num_kv_heads) * head_dim
-        angles = normal(rows, head_dim // 2, dtype=torch.float32)
+    def pack_qkv(self) -> Work:
+        (num_heads, num_kv_heads), rows, head_dim = self.heads, self.sizes.rows, self.sizes.head_dim
+        width, size = (num_heads + 2 * num_kv_heads) * head_dim, self.sizes.ulysses_size
+        angles = self.normal(rows, head_dim // 2, dtype=torch.float32)
         table = torch.cat((angles.cos(), angles.sin()), dim=1)
-        inputs = normal(rows, width), normal(width), table
+        inputs = self.normal(rows, width), self.normal(width), table
         both = torch.cat((angles, angles), dim=1)[:, None, None]
         return Work(
             inputs,
@@ -109,8 +112,9 @@ def make_works(sizes: argparse.Namespace, dtype: torch.dtype, device: torch.devi
             peers={"Megatron-Core": lambda qkv, bias, _: _megatron_pack(qkv, bias, both, num_kv_heads, size)},
         )
 
-    def swap_into() -> Work:
-        x = normal(size, rows, num_heads // size, head_dim)
+    def swap_into(self) -> Work:
+        size, rows, num_heads, head_dim = self.sizes.ulysses_size, self.sizes.rows, self.heads[0], self.sizes.head_dim
+        x = self.normal(size, rows, num_heads // size, head_dim)
         out = x.new_empty(rows, size, num_heads // size, head_dim)
 
         def function(kernels: Kernels, x: Tensor) -> Tensor:
@@ -119,10 +123,11 @@ def make_works(sizes: argparse.Namespace, dtype: torch.dtype, device: torch.devi
 
         return Work((x,), function, (2 * x.numel(), 0), differentiable=False)
 
-    def merge_into() -> Work:
-        out, lse = normal(rows, num_heads, head_dim, dtype=torch.float32), normal(num_heads, rows, dtype=torch.float32).t()
-        block_out, block_lse = normal(rows, num_heads, head_dim), normal(num_heads, rows, dtype=torch.float32).t()
-        per_value = 4 // out.new_empty(0, dtype=dtype).element_size()  # fp32 sums, read and written
+    def merge_into(self) -> Work:
+        shape = rows, num_heads, _ = self.sizes.rows, self.heads[0], self.sizes.head_dim
+        lse, block_lse = (self.normal(num_heads, rows, dtype=torch.float32).t() for _ in range(2))
+        out, block_out = self.normal(*shape, dtype=torch.float32), self.normal(*shape)
+        per_value = 4 // out.new_empty(0, dtype=self.dtype).element_size()  # fp32 sums, read and written
 
         def merge(kernels: Kernels, *x: Tensor) -> Tensor:
             kernels.merge_into(*x)
@@ -130,23 +135,24 @@ def make_works(sizes: argparse.Namespace, dtype: torch.dtype, device: torch.devi
 
         return Work((out, lse, block_out, block_lse), merge, ((2 * per_value + 1) * out.numel(), 0), differentiable=False)
 
-    def take_rows() -> Work:
-        inputs = normal(rows, sizes.hidden_size), torch.randperm(rows, device=device)
+    def take_rows(self) -> Work:
+        inputs = self.normal(self.sizes.rows, self.sizes.hidden_size), torch.randperm(self.sizes.rows, device=self.device)
         return Work(inputs, lambda kernels, *x: kernels.take_rows(*x), (2 * inputs[0].numel(),) * 2)
 
-    def place_rows() -> Work:
-        index = torch.randperm(rows, device=device)[: rows * 3 // 4]
-        inputs = normal(rows, sizes.hidden_size), normal(len(index), sizes.hidden_size), index
+    def place_rows(self) -> Work:
+        rows = self.sizes.rows
+        index = torch.randperm(rows, device=self.device)[: rows * 3 // 4]
+        inputs = self.normal(rows, self.sizes.hidden_size), self.normal(len(index), self.sizes.hidden_size), index
         # forward reads what it keeps and what it places; backward writes both gradients
         return Work(inputs, lambda kernels, *x: kernels.place_rows(*x), (2 * inputs[0].numel(), 2 * inputs[0].numel() + inputs[1].numel()))
 
-    def rms_norm() -> Work:
-        x, weight = normal(rows, 1, sizes.hidden_size), normal(sizes.hidden_size)
+    def rms_norm(self) -> Work:
+        x, weight = self.normal(self.sizes.rows, 1, self.sizes.hidden_size), self.normal(self.sizes.hidden_size)
         peers = {"Transformer Engine": _te_rms_norm(weight)} if _has_te() else {}
         return Work((x, weight), lambda kernels, *x: kernels.rms_norm(*x, 1e-6), (2 * x.numel(), 3 * x.numel()), peers=peers)
 
-    def swiglu() -> Work:
-        x = normal(rows, 1, 2 * sizes.ffn_hidden_size)
+    def swiglu(self) -> Work:
+        x = self.normal(self.sizes.rows, 1, 2 * self.sizes.ffn_hidden_size)
         # Megatron's fused functions are compiled ones: tens of seconds on a CPU.
         peers = {} if platform.is_cpu() else {"Megatron-Core fused": lambda x: bias_swiglu_impl(x, None, False, False)}
         if _has_te():
@@ -154,9 +160,9 @@ def make_works(sizes: argparse.Namespace, dtype: torch.dtype, device: torch.devi
         values = (x.numel() * 3 // 2, x.numel() * 5 // 2)
         return Work((x,), lambda kernels, x: kernels.swiglu(x), values, peers=peers)
 
-    def cross_entropy_of_logits() -> Work:
-        logits = normal(sizes.loss_rows, sizes.vocab_size)
-        labels = torch.randint(0, sizes.vocab_size, (sizes.loss_rows,), device=device)
+    def cross_entropy(self) -> Work:
+        logits = self.normal(self.sizes.loss_rows, self.sizes.vocab_size)
+        labels = torch.randint(0, self.sizes.vocab_size, (self.sizes.loss_rows,), device=self.device)
 
         def losses(kernels: Kernels, logits: Tensor, labels: Tensor) -> Tensor:
             if kernels is REFERENCE:
@@ -173,8 +179,8 @@ def make_works(sizes: argparse.Namespace, dtype: torch.dtype, device: torch.devi
             peers["Transformer Engine"] = _te_cross_entropy
         return Work((logits, labels), losses, (logits.numel(), 2 * logits.numel()), peers=peers)
 
-    works = (pack_qkv, swap_into, merge_into, take_rows, place_rows, rms_norm, swiglu)
-    return {work.__name__: work for work in works} | {"cross_entropy": cross_entropy_of_logits}
+
+WORKS = ("pack_qkv", "swap_into", "merge_into", "take_rows", "place_rows", "rms_norm", "swiglu", "cross_entropy")
 
 
 def _megatron_pack(qkv: Tensor, bias: Tensor, angles: Tensor, num_kv_heads: int, size: int) -> Tensor:
@@ -319,14 +325,14 @@ def run_all(arguments: argparse.Namespace) -> list[str]:
     device = platform.device()
     default = "fp32" if platform.is_cpu() else "bf16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype or default]
-    works = make_works(arguments, dtype, device)
-    if unknown := set(arguments.kernels) - set(works):
-        raise ValueError(f"--kernels {sorted(unknown)}: choose from {sorted(works)}")
+    works = Works(arguments, dtype, device)
+    if unknown := set(arguments.kernels) - set(WORKS):
+        raise ValueError(f"--kernels {sorted(unknown)}: choose from {sorted(WORKS)}")
     copied = copy_gb_per_s(1 << 20 if platform.is_cpu() else 1 << 30)
     facts = {"device": platform.device_name(), "versions": versions(), "copy_gb_per_s": copied}
     facts |= {**this_run("tools/benchmark_kernels.py"), "rows": [], "failed": []}
-    for name in arguments.kernels or works:
-        work = works[name]()
+    for name in arguments.kernels or WORKS:
+        work = getattr(works, name)()
         for implementation, run, change in variants(name, work, arguments):
             row = {"kernel": name, "implementation": implementation, "dtype": str(dtype).removeprefix("torch.")}
             try:

@@ -97,7 +97,7 @@ def build_test(arguments: argparse.Namespace, config: Config):
     from megatron_longvila.data.text import load_tokenizer
     from megatron_longvila.evaluation.needle import read_needles
     from megatron_longvila.evaluation.needle_grid import Grid
-    from megatron_longvila.evaluation.needle_haystack import GeneratedHaystack, VideoHaystack, file_ends
+    from megatron_longvila.evaluation.needle_haystack import GeneratedHaystack, VideoHaystack
     from megatron_longvila.evaluation.needle_run import text_test, video_test
     from megatron_longvila.evaluation.text_needle import TextHaystack, read_text_needles
 
@@ -128,6 +128,12 @@ def build_test(arguments: argparse.Namespace, config: Config):
             haystack = VideoHaystack(paths, fps=arguments.haystack_fps, vision=vision, fast_resize=config.data.video.fast_resize)
         test = video_test(grid, needles, haystack, tokenizer, config, protocol=arguments.protocol, row_tokens=arguments.tokens_per_row)
     test.check_positions(config.model.llm.max_position_embeddings)
+    return test, haystack, trial_settings(arguments, config, tokenizer.hash, needles, haystack.describe())
+
+
+def trial_settings(arguments: argparse.Namespace, config: Config, tokenizer_hash: str, needles: list, haystack: dict) -> dict:
+    """What decides the trials and their answers: answers are kept only together with those of the same settings."""
+    from megatron_longvila.evaluation.needle_haystack import file_ends
 
     pictures = hashlib.sha256()
     for needle in () if arguments.text else needles:
@@ -136,22 +142,21 @@ def build_test(arguments: argparse.Namespace, config: Config):
     weights = hashlib.sha256()
     for path in sorted(path for path in arguments.checkpoint.iterdir() if path.is_file()):
         weights.update(path.name.encode() + file_ends(path))
-    settings = {
+    return {
         "mode": "plain_text" if arguments.plain_text else "text" if arguments.text else "video",
         "checkpoint": weights.hexdigest()[:16],
         "model": asdict(config.model),
         "precision": config.training.precision,
-        "tokenizer": tokenizer.hash[:16],
+        "tokenizer": tokenizer_hash[:16],
         "template": config.data.template,
         "needles": hashlib.sha256(arguments.needles.read_bytes()).hexdigest()[:16],
         "pictures": pictures.hexdigest()[:16],
-        "haystack": haystack.describe(),
+        "haystack": haystack,
         "depths": list(arguments.depths),
         "trials_per_cell": arguments.trials_per_cell,
         "protocol": arguments.protocol,
         "seed": arguments.seed,
     }
-    return test, haystack, settings
 
 
 def run(arguments: argparse.Namespace, config: Config) -> int:

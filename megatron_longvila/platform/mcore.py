@@ -43,9 +43,12 @@ with warnings.catch_warnings():
     import megatron.core.distributed
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.optimizer as _optimizer
+    import megatron.core.optimizer.clip_grads as _clip_grads
     import megatron.core.optimizer.distrib_optimizer as _distrib_optimizer
+    import megatron.core.optimizer.optimizer as _optimizer_base
     import megatron.core.pipeline_parallel  # noqa: F401
     import megatron.core.tensor_parallel.random as _random
+    from megatron.core.utils import local_multi_tensor_applier
 
 from megatron_longvila.platform import mcore_fixes  # noqa: E402  (megatron must have been imported quietly)
 
@@ -59,8 +62,34 @@ def _rename_collectives() -> None:
                 namespace[held] = getattr(torch.distributed, name)
 
 
+def _l2_norm(chunk_size: int, overflow: Any, tensor_lists: list[list[torch.Tensor]], per_tensor: bool) -> tuple[torch.Tensor, None]:
+    """The norm of all tensors of the first list, [1], on their device; its other arguments are for apex, whose signature this is."""
+    return torch.stack(torch._foreach_norm(tensor_lists[0])).norm().reshape(1), None
+
+
+def _scale(chunk_size: int, overflow: Any, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
+    """The first list times `scale`, written to the second, which may be the same."""
+    source, target = tensor_lists
+    if target is not source:
+        torch._foreach_copy_(target, source)
+    torch._foreach_mul_(target, scale)
+
+
+def _use_torch_for_norms() -> None:
+    """Norm and scale of the gradients by torch's own operations on lists.
+
+    Megatron takes Transformer Engine's or apex's where they can be imported, which fails in a run on the CPUs of such a machine; what it
+    takes without them lets the host wait for the norm of every single tensor.
+    """
+    for module in (_clip_grads, _optimizer_base):
+        module.multi_tensor_applier = local_multi_tensor_applier
+        module.multi_tensor_scale_impl = _scale
+    _clip_grads.l2_norm_impl = _l2_norm
+
+
 cpu.use_cpu_rng(_random)
 _rename_collectives()
+_use_torch_for_norms()
 # In fp32 megatron's optimizer steps on views of the parameters, whose .grad it sets itself: torch takes reading it for a mistake.
 warnings.filterwarnings("ignore", message=re.escape(cpu.NON_LEAF_GRAD), module=r"megatron\.core\.optimizer\b|torch\.optim\b")
 # Megatron reads checkpoints by a name that torch 2.13 deprecates.

@@ -12,6 +12,8 @@ from megatron_longvila import platform
 from megatron_longvila.attention.core_attention import SequenceParams
 from oracle import build, make_row, rank_batch, teardown, tiny_config
 
+from megatron.core.optimizer import clip_grads  # isort: skip
+
 pytestmark = pytest.mark.gpu
 
 ROW = make_row([[300, "5f", 9], [4, "1f", 700], [33]], 1)
@@ -53,6 +55,12 @@ def test_the_embedding(model_and_batch):
     """Tower, projector, both row maps and the lookup, forward and backward."""
     model, (frames, input_ids_T, _, _, plan) = model_and_batch
     later_step_never_waits(lambda: model.embed(frames, input_ids_T, plan).sum().backward())
+
+
+def test_the_norm_of_the_gradients():
+    """Up to its one number, which the loop reads."""
+    grads = [torch.randn(size, device=platform.device()) for size in (1 << 20, 7, 1)]
+    later_step_never_waits(lambda: clip_grads.l2_norm_impl(0, None, [grads], False))
 
 
 def test_an_upload_arrives():

@@ -14,6 +14,7 @@ from megatron_longvila.platform import cpu, mcore
 from ranks import run_ranks
 
 from megatron.core import parallel_state  # isort: skip
+from megatron.core.optimizer import clip_grads, optimizer  # isort: skip
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # isort: skip
 
 cpu_only = pytest.mark.skipif(not platform.is_cpu(), reason="the shim is inactive with CUDA")
@@ -130,6 +131,22 @@ def group_timeouts(_rank: int) -> set[float]:
 
 def test_megatron_takes_fractions_of_a_minute():
     assert run_ranks(group_timeouts, 2) == [{90.5}, {90.5}]
+
+
+def test_norm_and_clipping_need_neither_transformer_engine_nor_apex():
+    """Whatever can be imported: theirs need a GPU, and this may be a run on the CPUs of a machine that has one."""
+    for module in (clip_grads, optimizer):
+        assert module.multi_tensor_applier.__module__ == "megatron.core.utils"
+        assert module.multi_tensor_scale_impl.__module__ == mcore.__name__
+    assert clip_grads.l2_norm_impl.__module__ == mcore.__name__
+    grads = [torch.full(shape, value) for shape, value in (((3, 5), 2.0), ((7,), -1.0), ((), 3.0), ((0,), 1.0))]
+    norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, torch.zeros(1, dtype=torch.int), [grads], False)
+    assert norm.shape == (1,) and norm.item() == pytest.approx((15 * 4 + 7 + 9) ** 0.5)
+    copies, halves = [grad.bfloat16() for grad in grads], [grad / 2 for grad in grads]
+    optimizer._multi_tensor_copy_this_to_that(grads, copies, torch.zeros(1, dtype=torch.int))
+    assert all(torch.equal(*pair) for pair in zip(copies, [grad.bfloat16() for grad in grads], strict=True))
+    clip_grads.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, None, [grads, grads], 0.5)
+    assert all(torch.equal(*pair) for pair in zip(grads, halves, strict=True))
 
 
 def test_select_adam():
