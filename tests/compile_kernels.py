@@ -31,6 +31,7 @@ SIZES = {
     "take_rows": dict(rows=64, taken=40, width=3584),
     "place_rows": dict(rows=64, placed=40, width=3584),
     "rms_norm": dict(rows=640, width=3584),
+    "layer_norm": dict(rows=640, width=1152),
     "swiglu": dict(rows=16, width=18944),
     "cross_entropy": dict(rows=16, width=152064, meaningless=416),
 }

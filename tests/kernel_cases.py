@@ -91,6 +91,12 @@ def rms_norm(dtype, device, rows=5, width=300, eps=1e-6) -> Case:
     return Case(inputs, lambda kernels, *x: (kernels.rms_norm(*x, eps),), (0, 1))
 
 
+def layer_norm(dtype, device, rows=5, width=300, eps=1e-6) -> Case:
+    weight, bias = 1 + 0.1 * _random(device, width), _random(device, width)
+    inputs = (3 + _random(device, rows, 2, width, dtype=dtype), weight.to(dtype), bias.to(dtype))
+    return Case(inputs, lambda kernels, *x: (kernels.layer_norm(*x, eps),), (0, 1, 2))
+
+
 def swiglu(dtype, device, rows=5, width=1500) -> Case:
     return Case((_random(device, rows, 2 * width, dtype=dtype, scale=3.0),), lambda kernels, x: (kernels.swiglu(x),), (0,))
 
@@ -126,6 +132,7 @@ CASES: dict[str, tuple[Callable[..., Case], dict]] = {
     "place_rows": (place_rows, {}),
     "place_rows none": (place_rows, dict(placed=0)),
     "rms_norm": (rms_norm, {}),
+    "layer_norm": (layer_norm, {}),
     "swiglu": (swiglu, {}),
     "cross_entropy": (cross_entropy, {}),
 }

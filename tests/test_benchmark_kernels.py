@@ -22,7 +22,7 @@ def _run(rank: int, output, kernels: list[str]) -> list[str]:
 
 
 def test_rows_of_all_implementations(tmp_path):
-    kernels = ["pack_qkv", "swap_into", "merge_into", "take_rows", "place_rows", "rms_norm", "swiglu", "cross_entropy"]
+    kernels = ["pack_qkv", "swap_into", "merge_into", "take_rows", "place_rows", "rms_norm", "layer_norm", "swiglu", "cross_entropy"]
     assert run_ranks(_run, 1, tmp_path / "rows.json", kernels) == [[]]
     results = json.loads((tmp_path / "rows.json").read_text())
     assert {row["kernel"] for row in results["rows"]} == set(kernels) and results["device"] == "cpu"

@@ -49,9 +49,27 @@ from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl  # noqa: E4
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy  # noqa: E402  # isort: skip
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd  # noqa: E402  # isort: skip
 
-TOY = dict(rows=24, hidden_size=48, ffn_hidden_size=40, heads="4/2", head_dim=16, vocab_size=200, loss_rows=8, ulysses_size=2)
+TOY = dict(
+    rows=24,
+    hidden_size=48,
+    vision_hidden_size=36,
+    ffn_hidden_size=40,
+    heads="4/2",
+    head_dim=16,
+    vocab_size=200,
+    loss_rows=8,
+    ulysses_size=2,
+)
 FULL = dict(
-    rows=32768, hidden_size=3584, ffn_hidden_size=18944, heads="28/4", head_dim=128, vocab_size=152064, loss_rows=4096, ulysses_size=4
+    rows=32768,
+    hidden_size=3584,
+    vision_hidden_size=1152,
+    ffn_hidden_size=18944,
+    heads="28/4",
+    head_dim=128,
+    vocab_size=152064,
+    loss_rows=4096,
+    ulysses_size=4,
 )
 BUSY_CYCLES = 4_000_000  # about 2 ms
 # What a program takes at a time: (module, constant, values to try).
@@ -62,6 +80,7 @@ SWEEP = {
     "take_rows": [("rows", "COLUMNS", (512, 1024, 2048, 4096))],
     "place_rows": [("rows", "COLUMNS", (512, 1024, 2048, 4096))],
     "rms_norm": [("rms_norm", "BACKWARD_PROGRAMS", (512, 1024, 2048))],
+    "layer_norm": [("layer_norm", "BACKWARD_PROGRAMS", (512, 1024, 2048))],
     "swiglu": [("swiglu", "COLUMNS", (512, 1024, 2048, 4096))],
     "cross_entropy": [("cross_entropy", "COLUMNS", (4096, 8192, 16384))],
 }
@@ -148,8 +167,15 @@ class Works:
 
     def rms_norm(self) -> Work:
         x, weight = self.normal(self.sizes.rows, 1, self.sizes.hidden_size), self.normal(self.sizes.hidden_size)
-        peers = {"Transformer Engine": _te_rms_norm(weight)} if _has_te() else {}
+        peers = {"Transformer Engine": _te_norm("RMSNorm", weight)} if _has_te() else {}
         return Work((x, weight), lambda kernels, *x: kernels.rms_norm(*x, 1e-6), (2 * x.numel(), 3 * x.numel()), peers=peers)
+
+    def layer_norm(self) -> Work:
+        """Of the vision tower's width."""
+        width = self.sizes.vision_hidden_size
+        x, weight, bias = self.normal(self.sizes.rows, 1, width), self.normal(width), self.normal(width)
+        peers = {"Transformer Engine": _te_norm("LayerNorm", weight)} if _has_te() else {}
+        return Work((x, weight, bias), lambda kernels, *x: kernels.layer_norm(*x, 1e-6), (2 * x.numel(), 3 * x.numel()), peers=peers)
 
     def swiglu(self) -> Work:
         x = self.normal(self.sizes.rows, 1, 2 * self.sizes.ffn_hidden_size)
@@ -180,7 +206,7 @@ class Works:
         return Work((logits, labels), losses, (logits.numel(), 2 * logits.numel()), peers=peers)
 
 
-WORKS = ("pack_qkv", "swap_into", "merge_into", "take_rows", "place_rows", "rms_norm", "swiglu", "cross_entropy")
+WORKS = ("pack_qkv", "swap_into", "merge_into", "take_rows", "place_rows", "rms_norm", "layer_norm", "swiglu", "cross_entropy")
 
 
 def _megatron_pack(qkv: Tensor, bias: Tensor, angles: Tensor, num_kv_heads: int, size: int) -> Tensor:
@@ -195,11 +221,11 @@ def _has_te() -> bool:
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
 
 
-def _te_rms_norm(weight: Tensor) -> Callable:
-    from transformer_engine.pytorch import RMSNorm
+def _te_norm(name: str, weight: Tensor) -> Callable:
+    import transformer_engine.pytorch
 
-    norm = RMSNorm(weight.shape[0], eps=1e-6, device=weight.device, dtype=weight.dtype)
-    return lambda x, weight: norm(x)  # its own weight: the gradient is computed all the same
+    norm = getattr(transformer_engine.pytorch, name)(weight.shape[0], eps=1e-6, device=weight.device, dtype=weight.dtype)
+    return lambda x, *_: norm(x)  # its own parameters: their gradients are computed all the same
 
 
 def _te_swiglu() -> Callable:

@@ -26,6 +26,7 @@ class Kernels:
     take_rows: Callable
     place_rows: Callable
     rms_norm: Callable
+    layer_norm: Callable
     swiglu: Callable
     lse_and_target: Callable
     cross_entropy_gradient: Callable
@@ -62,7 +63,7 @@ def get_kernels(name: str, device: torch.device) -> Kernels:
 
 
 def _triton_kernels() -> Kernels:
-    from megatron_longvila.kernels import cross_entropy, merge, qkv_pack, rms_norm, rows, swiglu
+    from megatron_longvila.kernels import cross_entropy, layer_norm, merge, qkv_pack, rms_norm, rows, swiglu
 
     return Kernels(
         "triton",
@@ -72,6 +73,7 @@ def _triton_kernels() -> Kernels:
         take_rows=rows.take_rows,
         place_rows=rows.place_rows,
         rms_norm=rms_norm.rms_norm,
+        layer_norm=layer_norm.layer_norm,
         swiglu=swiglu.swiglu,
         lse_and_target=cross_entropy.lse_and_target,
         cross_entropy_gradient=cross_entropy.cross_entropy_gradient,

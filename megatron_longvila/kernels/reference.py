@@ -165,6 +165,11 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return torch.nn.functional.rms_norm(x, weight_D.shape, None, eps) * weight_D
 
 
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    """(x - mean) / std * weight + bias over the last dimension, in the dtype of x; mean and variance are taken in fp32 (fp64 for fp64)."""
+    return torch.nn.functional.layer_norm(x, weight_D.shape, weight_D, bias_D, eps)
+
+
 def swiglu(x: Tensor) -> Tensor:
     """silu(first half) * second half of the last dimension."""
     gate, up = x.chunk(2, dim=-1)

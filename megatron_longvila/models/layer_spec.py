@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_longvila.config import LoraConfig
 from megatron_longvila.kernels.choice import Kernels
+from megatron_longvila.models.linears import BiasedColumnParallelLinear, BiasedRowParallelLinear
 from megatron_longvila.models.lora import adapt
 from megatron_longvila.models.self_attention import FusedSelfAttention
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
@@ -43,8 +44,13 @@ class SwiGLU(torch.nn.Module):
 
 
 def local_layer(norm: type | ModuleSpec, core_attention: Callable, mask: AttnMaskType) -> ModuleSpec:
-    """Pre-norm layer on Megatron's own linears. Sharded names equal Transformer Engine's, so that checkpoints fit both kinds."""
-    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=core_attention, linear_proj=RowParallelLinear)
+    """Pre-norm layer on Megatron's own linears. Sharded names equal Transformer Engine's, so that checkpoints fit both kinds.
+
+    The vision tower's linears all have biases, which they add themselves; the decoder's only one is its attention's to add.
+    """
+    vision = mask is AttnMaskType.no_mask
+    column, row = (BiasedColumnParallelLinear, BiasedRowParallelLinear) if vision else (ColumnParallelLinear, RowParallelLinear)
+    attention = SelfAttentionSubmodules(linear_qkv=column, core_attention=core_attention, linear_proj=row)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -52,7 +58,7 @@ def local_layer(norm: type | ModuleSpec, core_attention: Callable, mask: AttnMas
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron_longvila import platform
 from megatron_longvila.kernels.choice import REFERENCE, Kernels
@@ -34,14 +33,14 @@ class RMSNorm(torch.nn.Module):
 class LayerNorm(torch.nn.Module):
     """(x - mean) / std * weight + bias over the last dimension, any leading shape, any floating dtype."""
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5):
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, kernels: Kernels = REFERENCE):
         super().__init__()
-        self.eps = eps
+        self.eps, self.kernels = eps, kernels
         self.weight = _parameter(torch.ones(hidden_size), config)
         self.bias = _parameter(torch.zeros(hidden_size), config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def _parameter(value: Tensor, config) -> torch.nn.Parameter:

@@ -10,13 +10,15 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_longvila import platform
 from megatron_longvila.config import Config
+from megatron_longvila.kernels.choice import get_kernels
+from megatron_longvila.models.linears import BiasedColumnParallelLinear, BiasedRowParallelLinear
 from megatron_longvila.models.norms import LayerNorm
 from megatron_longvila.models.transformer_config import vision_transformer_config
 from megatron_longvila.parallel.groups import Groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # isort: skip
 from megatron.core.transformer.module import MegatronModule  # isort: skip
 
 _NORM_EPSILON = 1e-5
@@ -57,21 +59,22 @@ class Projector(MegatronModule):
         """Raises ValueError for sizes that tp does not divide."""
         super().__init__(vision_transformer_config(config, groups))
         self.tp_group = groups.tp
+        kernels = get_kernels(config.model.kernels, platform.device())
         self.downsample = config.model.projector.downsample
         channels, hidden = config.model.vision.hidden_size * self.downsample**2, config.model.llm.hidden_size
         if self.downsample > 1:
-            self.norm = LayerNorm(self.config, channels, eps=_NORM_EPSILON)
+            self.norm = LayerNorm(self.config, channels, eps=_NORM_EPSILON, kernels=kernels)
         if self.downsample == 3:
             # The second norm needs whole vectors: this linear is split by column and gathered.
             middle = channels // 3
             self.linear_in = self._column(channels, middle, gather_output=True)
-            self.middle_norm = LayerNorm(self.config, middle, eps=_NORM_EPSILON)
+            self.middle_norm = LayerNorm(self.config, middle, eps=_NORM_EPSILON, kernels=kernels)
             channels = middle
         if config.model.projector.type == "linear":
             self.linear_out = self._column(channels, hidden, gather_output=True)
         else:
             self.linear_fc1 = self._column(channels, hidden, gather_output=False)
-            self.linear_fc2 = RowParallelLinear(
+            self.linear_fc2 = BiasedRowParallelLinear(
                 hidden,
                 hidden,
                 config=self.config,
@@ -82,12 +85,12 @@ class Projector(MegatronModule):
                 tp_group=groups.tp,
             )
 
-    def _column(self, inputs: int, outputs: int, gather_output: bool) -> ColumnParallelLinear:
+    def _column(self, inputs: int, outputs: int, gather_output: bool) -> BiasedColumnParallelLinear:
         tp_size = self.tp_group.size()
         if outputs % tp_size:
             raise ValueError(f"projector width {outputs} must be divisible by tp_size={tp_size}; lower tp_size")
         kwargs = dict(config=self.config, init_method=self.config.init_method, tp_group=self.tp_group)
-        return ColumnParallelLinear(inputs, outputs, bias=True, gather_output=gather_output, **kwargs)
+        return BiasedColumnParallelLinear(inputs, outputs, bias=True, gather_output=gather_output, **kwargs)
 
     def forward(self, features_FPC: Tensor) -> Tensor:
         """[F, P, C] to [F, V, D], F >= 0; V is P without a merge, else ceil(sqrt(P) / side) ** 2."""

@@ -5,12 +5,15 @@ Shapes: F frames, P patches of a frame, C = 3 channels, S side of a frame in pix
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_longvila import platform
 from megatron_longvila.config import Config
+from megatron_longvila.kernels.choice import get_kernels
 from megatron_longvila.models.layer_spec import block_spec
 from megatron_longvila.models.norms import LayerNorm
 from megatron_longvila.models.transformer_config import vision_transformer_config
@@ -19,22 +22,23 @@ from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the fi
 
 from megatron.core.transformer.enums import AttnMaskType  # isort: skip
 from megatron.core.transformer.module import MegatronModule  # isort: skip
+from megatron.core.transformer.spec_utils import ModuleSpec  # isort: skip
 from megatron.core.transformer.transformer_block import TransformerBlock  # isort: skip
 
 
 class FullAttention(torch.nn.Module):
-    """Attention of every patch of a frame to every other, as a Megatron core attention."""
+    """Attention of every patch of a frame to every other, as a Megatron core attention. Rows of one frame follow one another."""
 
-    def __init__(self, config, softmax_scale: float | None = None, **_):
+    def __init__(self, config, num_patches: int, softmax_scale: float | None = None, **_):
         """`_`: layer number, mask type, groups, ... of Megatron's constructor contract, which do not matter without a mask."""
         super().__init__()
-        self.scale = softmax_scale
+        self.num_patches, self.scale = num_patches, softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
-        """query, key, value: [P, F, N, H]; returns [P, F, N * H]. The mask is None."""
-        q_FNPH, k_FNPH, v_FNPH = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        """query, key, value: [F * P, 1, N, H]; returns [F * P, 1, N * H]. The mask is None."""
+        q_FNPH, k_FNPH, v_FNPH = (x.view(-1, self.num_patches, *x.shape[2:]).transpose(1, 2) for x in (query, key, value))
         out_FNPH = F.scaled_dot_product_attention(q_FNPH, k_FNPH, v_FNPH, scale=self.scale)
-        return out_FNPH.permute(2, 0, 1, 3).flatten(2)
+        return out_FNPH.transpose(1, 2).reshape(query.shape[0], 1, -1)
 
 
 class PatchEmbedding(torch.nn.Conv2d):
@@ -74,7 +78,9 @@ class SiglipTower(MegatronModule):
         self.position_table = torch.nn.Parameter(torch.empty(vision.grid_size**2, vision.hidden_size, **kwargs))
         for parameter in (*self.patch_embedding.parameters(), self.position_table):
             torch.nn.init.constant_(parameter, float("nan"))
-        spec = block_spec(config.model.layers, vision.built_layers, LayerNorm, FullAttention, AttnMaskType.no_mask)
+        norm = ModuleSpec(module=LayerNorm, params={"kernels": get_kernels(config.model.kernels, platform.device())})
+        attention = partial(FullAttention, num_patches=vision.grid_size**2)
+        spec = block_spec(config.model.layers, vision.built_layers, norm, attention, AttnMaskType.no_mask)
         self.encoder = TransformerBlock(self.config, spec, post_layer_norm=False, pg_collection=groups.pg)
 
     def forward(self, pixels_FCSS: Tensor) -> Tensor:
@@ -84,7 +90,9 @@ class SiglipTower(MegatronModule):
             pixels_FCSS: [F, 3, S, S], any floating dtype, scaled to [-1, 1]. Pixels right of and below the last whole patch are not seen.
         """
         embedded_FPD = self.patch_embedding(pixels_FCSS.to(self.config.params_dtype)) + self.position_table
-        return self.encoder(embedded_FPD.transpose(0, 1).contiguous(), attention_mask=None).transpose(0, 1)
+        # Megatron's [sequence, batch, hidden]: one sequence of all patches, as they lie in memory.
+        hidden_T1D = embedded_FPD.flatten(0, 1).unsqueeze(1)
+        return self.encoder(hidden_T1D, attention_mask=None).view_as(embedded_FPD)
 
 
 def resize_position_table(table_PD: Tensor, num_patches: int) -> Tensor:

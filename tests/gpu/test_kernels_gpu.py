@@ -11,7 +11,7 @@ from megatron_longvila.kernels.choice import get_kernels
 pytestmark = pytest.mark.gpu
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Qwen2-7B, 4096 rows of a rank.
+# Qwen2-7B, 4096 rows of a rank; SigLIP so400m, four frames.
 FULL_SIZE = {
     "pack_qkv": dict(rows=4096, heads=(28, 4), head_dim=128, ulysses_size=4),
     "swap_into": dict(ranks=4, rows=4096, heads=7, head_dim=128),
@@ -19,6 +19,7 @@ FULL_SIZE = {
     "take_rows": dict(rows=4096, taken=4000, width=3584),
     "place_rows": dict(rows=4096, placed=4000, width=3584),
     "rms_norm": dict(rows=2048, width=3584),
+    "layer_norm": dict(rows=2048, width=1152),
     "swiglu": dict(rows=1024, width=18944),
     "cross_entropy": dict(rows=256, width=152064, meaningless=416),
 }
@@ -69,6 +70,7 @@ ROW_WISE = {
     "take_rows": ((610_000, 3584), lambda k, x: k.take_rows(x, torch.arange(len(x), device=x.device))),
     "place_rows": ((610_000, 3584), lambda k, x: k.place_rows(x, 3 * x[-1:], torch.full((1,), len(x) - 1, device=x.device))),
     "rms_norm": ((610_000, 3584), lambda k, x: k.rms_norm(x, x.new_full((3584,), 1.5), 1e-6)),
+    "layer_norm": ((1_900_000, 1152), lambda k, x: k.layer_norm(x, x.new_full((1152,), 1.5), x.new_full((1152,), 0.5), 1e-6)),
     "swiglu": ((57_000, 37_888), lambda k, x: k.swiglu(x)),
     "cross_entropy": ((14_500, 152_064), _cross_entropy_gradient),
 }

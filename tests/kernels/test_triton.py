@@ -30,9 +30,10 @@ def test_the_check_refuses_a_small_error():
         check(wrong)
 
 
-def test_programs_that_sum_several_rows(monkeypatch):
-    monkeypatch.setattr("megatron_longvila.kernels.rms_norm.BACKWARD_PROGRAMS", 4)
-    check(CASES["rms_norm"][0](torch.float32, DEVICE, rows=5, width=40))  # 10 rows: 4, 4 and 2
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_programs_that_sum_several_rows(name, monkeypatch):
+    monkeypatch.setattr(f"megatron_longvila.kernels.{name}.BACKWARD_PROGRAMS", 4)
+    check(CASES[name][0](torch.float32, DEVICE, rows=5, width=40))  # 10 rows: 4, 4 and 2
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero")  # log(0) in the interpreter
@@ -49,7 +50,7 @@ def test_a_logit_that_is_not_a_number_is_not_hidden():
     assert lse[0].isfinite() and lse[1].isnan()
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "take_rows", "place_rows"])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "swiglu", "take_rows", "place_rows"])
 def test_gradients_of_expanded_and_transposed_tensors(name):
     """A summed loss sends back one value for all places; activations may arrive transposed."""
     case = CASES[name][0](torch.float32, DEVICE)
