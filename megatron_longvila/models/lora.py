@@ -105,6 +105,10 @@ class Adapter(torch.nn.Module):
                 parameter.sequence_parallel = config.sequence_parallel
             setattr(self, name, parameter)
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(A, B). To be called, not read past it: with overlap_param_gather DDP waits for a module's weights when the module is called."""
+        return self.A, self.B
+
 
 class _Adapted:
     """What both kinds of adapted linear share; a mixin before the class of the base linear.
@@ -161,26 +165,27 @@ class _QKVAdapters(_Adapted):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[T(/tp), 1, D] to ([T, 1, rows of this tp rank], bias that the caller adds)."""
         base, bias = super().forward(x)
-        low_rank = F.linear(self._normed(x), torch.cat([self.lora[part].A for part in self.targets]))
+        a_parts, b_parts = zip(*(self.lora[part]() for part in self.targets), strict=True)
+        low_rank = F.linear(self._normed(x), torch.cat(a_parts))
         if self.config.sequence_parallel:
             low_rank = tensor_parallel.gather_from_sequence_parallel_region(low_rank, group=self.lora_tp_group)
         else:
             low_rank = tensor_parallel.copy_to_tensor_model_parallel_region(low_rank, group=self.lora_tp_group)
-        return self._add(base, low_rank, self._grouped_b()), bias
+        return self._add(base, low_rank, self._grouped_b(b_parts)), bias
 
     def _normed(self, x: Tensor) -> Tensor:
         """What the base multiplies: Transformer Engine's linear contains the norm before it and does not hand its output out."""
         weight = getattr(self, "layer_norm_weight", None)
         return x if weight is None else F.rms_norm(x, weight.shape, weight, self.config.layernorm_epsilon)
 
-    def _grouped_b(self) -> Tensor:
+    def _grouped_b(self, b_parts: tuple[Tensor, ...]) -> Tensor:
         """[rows of this tp rank, targets * R]: the B matrices with their rows in the base's order, each in its own columns."""
         parts, count = [], len(self.targets)
         for part, rows in self.group_rows.items():
             if part in self.targets:
                 before = self.targets.index(part)
                 columns = (before * self.rank, (count - 1 - before) * self.rank)
-                parts.append(F.pad(self.lora[part].B.unflatten(0, (self.num_groups, rows)), columns))
+                parts.append(F.pad(b_parts[before].unflatten(0, (self.num_groups, rows)), columns))
             else:
                 parts.append(self.weight.new_zeros(self.num_groups, rows, count * self.rank))
         return torch.cat(parts, dim=1).flatten(0, 1)
@@ -197,9 +202,10 @@ class _OutputAdapter(_Adapted):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[T, 1, heads of this tp rank] to ([T(/tp), 1, D], bias that the caller adds)."""
         base, bias = super().forward(x)
-        partial_sum = F.linear(x, self.lora["o"].A)
+        a, b = self.lora["o"]()
+        partial_sum = F.linear(x, a)
         if self.config.sequence_parallel:
             low_rank = tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial_sum, group=self.lora_tp_group)
         else:
             low_rank = tensor_parallel.reduce_from_tensor_model_parallel_region(partial_sum, group=self.lora_tp_group)
-        return self._add(base, low_rank, self.lora["o"].B), bias
+        return self._add(base, low_rank, b), bias

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from training_runs import SHAPES, losses, read, run_training, summary
 
-from megatron_longvila.config import Config, ParallelConfig
+from megatron_longvila.config import Config, LoraConfig, ParallelConfig
 from ranks import RankError, run_ranks
 
 
@@ -78,6 +78,16 @@ def test_every_mesh_trains_alike(meshes: dict, make_config) -> None:
         found[name] = losses(config) + [read(config, "evaluation.jsonl")[-1]["loss"]]
         assert [line["sample_ids"] for line in read(config)] == [line["sample_ids"] for line in read(make_config("one"))]
         assert found[name] == pytest.approx(found["one"], rel=1e-4), name
+
+
+def test_gathered_adapters_train_alike(make_config) -> None:
+    """With overlap_param_gather the ranks' shares of updated adapters arrive before they are used, whatever else trains."""
+    found = {}
+    for gather in (False, True):
+        config = make_config(f"gather_{gather}", steps=4, parallel={"overlap_param_gather": gather}, training={"trainable": ["lora"]})
+        run_ranks(run_training, 2, replace(config, model=replace(config.model, lora=LoraConfig(rank=2))))
+        found[gather] = losses(config)
+    assert found[True] == found[False]
 
 
 def kill_rank_one(rank: int, number: int, run) -> None:
