@@ -167,6 +167,12 @@ class Loader:
             return self._config.training.steps
         return -(-self.num_rows // self._config.data.global_batch_size)
 
+    def total_steps(self, done: int) -> int:
+        """Steps of the whole run, of which `done` have read the rows before the position, in batches of any size."""
+        if self.num_rows is None:
+            return max(done, self._config.training.steps)
+        return done + max(0, -(-(self.num_rows - self.position) // self._config.data.global_batch_size))
+
     @property
     def epoch(self) -> int:
         """Epoch of the next row."""

@@ -33,7 +33,7 @@ from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the fi
 from megatron_longvila.pulse import Pulse
 from megatron_longvila.training import metrics
 from megatron_longvila.training.loss import token_loss
-from megatron_longvila.training.optimizer import apply_settings, build_optimizer, build_scheduler, freeze, step, wrap_ddp
+from megatron_longvila.training.optimizer import apply_settings, build_optimizer, build_scheduler, freeze, set_length, step, wrap_ddp
 from megatron_longvila.training.stages import TrainableCheck, check_saved, count_parameters, describe_counts, fill_model, note_rounding
 from megatron_longvila.training.stopping import StopSignal, raise_bad_gradients, raise_bad_loss
 
@@ -122,9 +122,10 @@ def build_run(config: Config, pulse: Pulse | None = None) -> Run:
     scheduler = build_scheduler(optimizer, config, loader.num_steps)
     state = TrainingState(model, optimizer, scheduler, loader, totals)
     first_step = checkpoints.resume(state, newest) if newest is not None else 0
+    steps = (loader.total_steps(first_step), first_step)
+    set_length(scheduler, config, steps[0])
     apply_settings(optimizer, scheduler, config)
     counts = count_parameters(model, config, groups)
-    steps = (loader.num_steps, first_step)
     pulse = pulse or Pulse(folder, dist.get_rank())
     return Run(config, groups, wrapped, state, checkpoints, evaluation, trainable_check, counts, *steps, folder, pulse)
 

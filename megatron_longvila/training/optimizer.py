@@ -134,6 +134,11 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config, total_steps: i
     )
 
 
+def set_length(scheduler: OptimizerParamScheduler, config: Config, total_steps: int) -> None:
+    """Let a schedule end at step `total_steps`, which a resumed run knows only when its data position is loaded."""
+    scheduler.lr_warmup_steps, scheduler.lr_decay_steps = warmup_steps(config, total_steps), total_steps
+
+
 def apply_settings(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, config: Config) -> None:
     """Write the configured rates into the optimizer's groups: a loaded optimizer state brings its own, and the configuration wins."""
     for group in optimizer.param_groups:

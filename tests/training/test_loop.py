@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -170,6 +171,31 @@ def test_epochs_decide_the_steps(make_config) -> None:
     run_ranks(run_training, 2, thinned)
     kept = [line for line in read(config) if line["step"] % 3 == 0 or line["step"] == len(rows) // 4]
     assert [(line["step"], line["loss"]) for line in read(thinned)] == [(line["step"], line["loss"]) for line in kept]
+
+
+@pytest.mark.parametrize("rows_of_a_step,done,total", [(1, 2, 8), (4, 2, 4), (4, 5, 5)])
+def test_epochs_end_at_their_last_row_whatever_the_batch_was(rows_of_a_step: int, done: int, total: int, make_config) -> None:
+    """Ten rows, two a step, continued from step `done` with another batch: the schedule and the summary know the new number of steps."""
+    config = make_config(steps=0, training={"epochs": 2}, checkpoint={"save_interval": 1, "keep_last": 5})
+    config = replace(config, optimizer=replace(config.optimizer, warmup_steps=1))
+    run_ranks(run_training, 1, config)
+    whole = [row for line in read(config) for row in line["sample_ids"]]
+    assert len(whole) == 10
+    for step in range(done + 1, 6):
+        shutil.rmtree(Path(config.output_dir) / "checkpoints" / f"step_{step:07d}")
+    run_ranks(run_training, 1, replace(config, data=replace(config.data, global_batch_size=rows_of_a_step)))
+    lines = read(config)
+    assert [row for line in lines for row in line["sample_ids"] if row] == whole
+    assert [line["step"] for line in lines] == list(range(1, total + 1))
+    assert lines[-1]["lr"] == pytest.approx(0.005 * (1 + math.cos(math.pi * (total - 2) / (total - 1))))
+    assert (summary(config)["steps"], summary(config)["checkpoint"]) == (total, f"checkpoints/step_{total:07d}")
+
+
+def test_fewer_steps_than_were_done_end_the_run(make_config) -> None:
+    config = make_config(steps=4)
+    run_ranks(run_training, 1, config)
+    run_ranks(run_training, 1, replace(config, training=replace(config.training, steps=3)))
+    assert (summary(config)["steps"], summary(config)["checkpoint"]) == (4, "checkpoints/step_0000004")
 
 
 def signal_rank_one(rank: int, number: int, run) -> None:
