@@ -6,6 +6,7 @@ Each refusal is a ValueError with the values, the rule and the way out.
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +252,11 @@ def _check_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
         raise ValueError(
             f"optimizer.warmup_steps={optimizer.warmup_steps} must be below training.steps={steps}; the schedule would never leave "
             "warm-up: lower warmup_steps"
+        )
+    if optimizer.warmup_fraction and 0 < steps <= math.ceil(optimizer.warmup_fraction * steps):
+        raise ValueError(
+            f"optimizer.warmup_fraction={optimizer.warmup_fraction} of training.steps={steps}, rounded up, is the whole run; the schedule "
+            "would never leave warm-up: lower warmup_fraction, 0 is no warm-up"
         )
     if optimizer.lr <= 0 or not 0 <= optimizer.min_lr <= optimizer.lr:
         raise ValueError(

@@ -105,6 +105,12 @@ RULES = {
         ["warmup_steps=5", "steps=5", "lower"],
         "--optimizer.warmup_steps 4",
     ),
+    "only a share of warm-up": (
+        "--optimizer.warmup_fraction 0.03 --training.steps 1",
+        1,
+        ["warmup_fraction=0.03", "steps=1", "lower warmup_fraction"],
+        "--optimizer.warmup_fraction 0.03 --training.steps 2",
+    ),
     "learning rates": (
         "--optimizer.lr 1e-5 --optimizer.min_lr 1e-4",
         1,

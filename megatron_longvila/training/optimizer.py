@@ -110,7 +110,11 @@ def warmup_steps(config: Config, total_steps: int) -> int:
         )
     steps = settings.warmup_steps or math.ceil(settings.warmup_fraction * total_steps)
     if steps >= total_steps:
-        raise ValueError(f"the warm-up of {steps} steps must be shorter than the run of {total_steps} steps; lower optimizer.warmup_steps")
+        field = "warmup_steps" if settings.warmup_steps else "warmup_fraction"
+        raise ValueError(
+            f"the warm-up of {steps} steps must be shorter than the run of {total_steps} steps; "
+            f"lower optimizer.{field}={getattr(settings, field)}, 0 is no warm-up"
+        )
     return steps
 
 

@@ -101,6 +101,8 @@ def test_warmup_must_fit() -> None:
     assert warmup_steps(make_config(warmup_fraction=0.03), 100) == 3
     with pytest.raises(ValueError, match="warm-up of 5 steps must be shorter than the run of 5 steps"):
         warmup_steps(make_config(warmup_steps=5), 5)
+    with pytest.raises(ValueError, match=r"the run of 1 steps; lower optimizer.warmup_fraction=0.03, 0 is no warm-up"):
+        warmup_steps(make_config(warmup_fraction=0.03), 1)
 
 
 def _clipped_update(rank: int, config: Config) -> tuple[float, float, float]:
