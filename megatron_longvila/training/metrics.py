@@ -17,8 +17,10 @@ from typing import Any
 
 from megatron_longvila.config import Config
 
-# Dense bf16 peak of one device in FLOP/s, by a piece of its name. Sources: the vendors' data sheets, figures without sparsity.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+# Dense bf16 peak of one device in FLOP/s, by a piece of its name; the first that fits counts, so cards with less power come before those
+# they are named after. Sources: the vendors' data sheets, figures without sparsity.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAK_FLOPS |= {"GB200": 2500e12, "B200": 2250e12}
 PACE_STEPS = 50  # the ETA follows the mean of so many recent steps
 
 

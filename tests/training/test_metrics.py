@@ -55,6 +55,8 @@ def test_rows_add_up() -> None:
 
 def test_peak_table() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
+    assert (peak_flops("NVIDIA H100 PCIe"), peak_flops("NVIDIA H100 NVL"), peak_flops("NVIDIA H200 NVL")) == (756e12, 835e12, 835e12)
+    assert (peak_flops("NVIDIA B200"), peak_flops("NVIDIA GB200")) == (2250e12, 2500e12)
     assert peak_flops("cpu") is None
 
 
