@@ -213,7 +213,7 @@ class MetricsLog:
         self._board = self._run = None
         if config.logging.tensorboard:
             writer = _require("torch.utils.tensorboard", "tensorboard", "--logging.tensorboard false")
-            self._board = writer.SummaryWriter(str(run_dir / "tensorboard"))
+            self._board = writer.SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
         if config.logging.wandb_project:
             wandb = _require("wandb", "wandb", '--logging.wandb_project ""')
             id_path = run_dir / "wandb_id"

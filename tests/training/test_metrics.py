@@ -91,11 +91,15 @@ def test_tensorboard(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     log = MetricsLog(tmp_path, replace(make_config(), logging=LoggingConfig(tensorboard=True)), 0)
     log.write(line(1))
+    log.write(line(2, lr=0.9))  # undone by a kill: the run goes on from step 1
+    log.close()
+    log = MetricsLog(tmp_path, replace(make_config(), logging=LoggingConfig(tensorboard=True)), 1)
     log.write(line(2, loss=None, sample_ids=[["a"]]))
     log.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1] and [event.step for event in events.Scalars("lr")] == [1, 2]
+    assert [round(event.value, 6) for event in events.Scalars("lr")] == [0.1, 0.1]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["sample_ids"] == [["a"]]
 
 
