@@ -18,7 +18,7 @@ def check_model(config: Config) -> None:
 
 
 def _check_vision(config: Config) -> None:
-    vision, tp_size = config.model.vision, config.parallel.tp_size
+    vision = config.model.vision
     if vision.preprocess == "dynamic":
         raise ValueError(
             "model.vision.preprocess='dynamic' (tiling of images) is not supported: a frame is one square image; use 'resize' or 'pad'"
@@ -38,11 +38,11 @@ def _check_vision(config: Config) -> None:
             "take both from the tower's config.json"
         )
     for name in ("num_attention_heads", "ffn_hidden_size"):
-        _check_tp("model.vision", name, getattr(vision, name), tp_size)
+        _check_tp(config, "vision", name)
 
 
 def _check_llm(config: Config) -> None:
-    llm, tp_size = config.model.llm, config.parallel.tp_size
+    llm = config.model.llm
     if llm.num_attention_heads % llm.num_query_groups:
         raise ValueError(
             f"model.llm.num_attention_heads={llm.num_attention_heads} must be divisible by num_query_groups={llm.num_query_groups} "
@@ -52,9 +52,8 @@ def _check_llm(config: Config) -> None:
         raise ValueError(
             f"model.llm.head_dim={llm.head_dim} must be even: rotary embeddings turn pairs; take it from the model's config.json"
         )
-    _check_tp("model.llm", "num_attention_heads", llm.num_attention_heads, tp_size)
-    _check_tp("model.llm", "ffn_hidden_size", llm.ffn_hidden_size, tp_size)
-    _check_tp("model.llm", "padded_vocab_size", llm.padded_vocab_size, tp_size)
+    for name in ("num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+        _check_tp(config, "llm", name)
     if llm.rotary_base <= 1:
         raise ValueError(f"model.llm.rotary_base={llm.rotary_base} must be above 1; Qwen2 uses 1000000.0, Llama 3 500000.0")
     if llm.rope_scaling is not None:
@@ -131,7 +130,16 @@ def _check_lora(config: Config) -> None:
         )
 
 
-def _check_tp(prefix: str, name: str, value: int, tp_size: int) -> None:
+def _check_tp(config: Config, part: str, name: str) -> None:
+    value, tp_size = getattr(getattr(config.model, part), name), config.parallel.tp_size
     if value % tp_size:
-        fits = max(size for size in range(1, tp_size + 1) if value % size == 0)
-        raise ValueError(f"{prefix}.{name}={value} must be divisible by parallel.tp_size={tp_size}; use --parallel.tp_size {fits}")
+        fits = max(size for size in range(1, tp_size + 1) if _divides_model(config, size))
+        raise ValueError(f"model.{part}.{name}={value} must be divisible by parallel.tp_size={tp_size}; use --parallel.tp_size {fits}")
+
+
+def _divides_model(config: Config, tp_size: int) -> bool:
+    """Whether no rule about tp_size and the model alone is broken."""
+    vision, llm = config.model.vision, config.model.llm
+    split = (vision.num_attention_heads, vision.ffn_hidden_size, llm.num_attention_heads, llm.ffn_hidden_size, llm.padded_vocab_size)
+    groups = llm.num_query_groups
+    return all(value % tp_size == 0 for value in split) and (groups % tp_size == 0 or tp_size % groups == 0)

@@ -53,9 +53,16 @@ RULES = {
         "--parallel.tp_size 5 --model.vision.num_attention_heads 5 --model.vision.hidden_size 40 --model.vision.ffn_hidden_size 5 "
         "--model.llm.num_attention_heads 20 --model.llm.num_query_groups 5 --model.llm.ffn_hidden_size 5",
         5,
-        ["padded_vocab_size=384", "tp_size=5", "--parallel.tp_size 4"],
+        ["padded_vocab_size=384", "tp_size=5", "--parallel.tp_size 1"],
         "--parallel.tp_size 5 --model.vision.num_attention_heads 5 --model.vision.hidden_size 40 --model.vision.ffn_hidden_size 5 "
         "--model.llm.num_attention_heads 20 --model.llm.num_query_groups 5 --model.llm.ffn_hidden_size 5 --model.llm.vocab_size 640",
+    ),
+    "a remedy that fits both towers": (
+        "--parallel.tp_size 8 --model.vision.num_attention_heads 8 --model.llm.num_attention_heads 28 --model.llm.head_dim 8",
+        8,
+        ["llm.num_attention_heads=28", "tp_size=8", "use --parallel.tp_size 4"],  # 7 fits these heads, not the tower's
+        "--parallel.tp_size 4 --model.vision.num_attention_heads 8 --model.llm.num_attention_heads 28 --model.llm.head_dim 8 "
+        "--data.global_batch_size 2",
     ),
     "rotary base": ("--model.llm.rotary_base 1", 1, ["rotary_base=1", "1000000.0"], "--model.llm.rotary_base 1e4"),
     "rope factor": (
