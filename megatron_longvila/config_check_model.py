@@ -128,6 +128,13 @@ def _check_lora(config: Config) -> None:
             f"model.lora.rank={lora.rank} must be below {sides[target]}, the smaller side of the {target} projection, or the adapter is no "
             "smaller than the weight; lower rank (8 is LongVILA's) or train the whole decoder (training.trainable [llm])"
         )
+    tp_size = config.parallel.tp_size
+    if llm.num_query_groups % tp_size and set(lora.targets) & {"q", "k", "v"}:
+        fits = max(size for size in range(1, tp_size + 1) if llm.num_query_groups % size == 0 and _divides_model(config, size))
+        raise ValueError(
+            f"model.llm.num_query_groups={llm.num_query_groups} must be divisible by parallel.tp_size={tp_size}, because adapters of "
+            f"q, k and v are split by whole key/value heads; use --parallel.tp_size {fits} or --model.lora.targets '[o]'"
+        )
 
 
 def _check_tp(config: Config, part: str, name: str) -> None:

@@ -155,6 +155,12 @@ RULES = {
         ["rank=32", "below 32", "k projection", "lower rank"],
         "--model.lora.rank 32 --model.llm.num_query_groups 2 --model.lora.targets [q,o] --training.trainable [lora]",
     ),
+    "adapter over tp": (
+        "--model.lora.rank 8 --training.trainable [lora] --model.llm.num_query_groups 1 --parallel.tp_size 2",
+        2,
+        ["num_query_groups=1", "tp_size=2", "--parallel.tp_size 1", "'[o]'"],
+        "--model.lora.rank 8 --training.trainable [lora] --model.llm.num_query_groups 1 --parallel.tp_size 2 --model.lora.targets [o]",
+    ),
     "untrained positions": (
         "--data.context_length 4097",
         1,
