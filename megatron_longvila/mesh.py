@@ -116,7 +116,7 @@ def resolve_mesh(
         )
     if problem:
         asked = (tp_size, pp_size, ulysses_size, ring_size)
-        raise ValueError(f"{problem}; {_nearest(asked, world_size, num_kv_heads=num_kv_heads, num_heads=num_heads)}")
+        raise ValueError(f"{problem}; {_nearest(asked, given['cp_size'], world_size, num_kv_heads=num_kv_heads, num_heads=num_heads)}")
     return Mesh(world_size, tp_size, pp_size, ulysses_size, ring_size)
 
 
@@ -166,14 +166,15 @@ def _problem(
     return None
 
 
-def _nearest(asked: tuple[int, ...], world_size: int, *, num_kv_heads: int, num_heads: int) -> str:
-    """The three legal meshes whose sizes are the fewest doublings away from `asked`."""
+def _nearest(asked: tuple[int, ...], cp_size: int | None, world_size: int, *, num_kv_heads: int, num_heads: int) -> str:
+    """The three legal meshes whose sizes are the fewest doublings away from `asked`, those that keep a given cp_size first."""
     legal = []
     sizes = _divisors(world_size)
     for candidate in itertools.product(sizes, repeat=4):
         if math.prod(candidate) <= world_size and not _problem(world_size, *candidate, num_kv_heads=num_kv_heads, num_heads=num_heads):
             distance = sum(abs(math.log2(size / wanted)) for size, wanted in zip(candidate, asked, strict=True))
-            legal.append((round(distance, 6), tuple(-size for size in candidate), candidate))
+            keeps_cp = cp_size is None or candidate[2] * candidate[3] == cp_size
+            legal.append((not keeps_cp, round(distance, 6), tuple(-size for size in candidate), candidate))
     names = ("tp_size", "pp_size", "ulysses_size", "ring_size")
-    nearest = [" ".join(f"{name}={size}" for name, size in zip(names, mesh, strict=True)) for _, _, mesh in sorted(legal)[:3]]
+    nearest = [" ".join(f"{name}={size}" for name, size in zip(names, mesh, strict=True)) for *_, mesh in sorted(legal)[:3]]
     return f"nearest meshes for {world_size} ranks: {'; '.join(nearest)}"

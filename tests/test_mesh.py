@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import subprocess
 import sys
 
@@ -84,6 +85,14 @@ def test_nearest_meshes_are_legal():
     for option in options:
         sizes = {name: int(size) for name, size in (pair.split("=") for pair in option.split())}
         assert resolve(12, (28, 4), **sizes)
+
+
+def test_nearest_meshes_keep_a_given_cp_size():
+    with pytest.raises(ValueError) as error:
+        resolve(16, (28, 4), cp_size=8, ulysses_size=8)
+    meshes = re.findall(r"ulysses_size=(\d+) ring_size=(\d+)", str(error.value).split("nearest meshes")[1])
+    assert [int(ulysses) * int(ring) for ulysses, ring in meshes] == [8, 8, 8]
+    assert meshes[0] == ("4", "2")
 
 
 def test_mesh_refuses_what_does_not_divide():
