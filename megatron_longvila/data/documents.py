@@ -31,7 +31,7 @@ class Piece:
     """A file, or the lines of a plain JSONL file that begin in the bytes [start, stop).
 
     Attributes:
-        path: absolute.
+        path: absolute; a link keeps its own name, which says how to read it (what it points to may have none: a cache of downloads).
         label: what reports call the file: its path from the --input it was found under.
         source: of documents that name none: the --input it was found under.
         size: bytes of the whole file, and mtime_ns its time stamp, when it was listed.
@@ -98,7 +98,7 @@ def list_pieces(inputs: Sequence[Path], piece_bytes: int = PIECE_BYTES) -> tuple
             size = status.st_size
             step = piece_bytes if path.suffix == ".jsonl" else max(1, size)
             pieces += [
-                Piece(real, label, source, size, status.st_mtime_ns, start, min(start + step, size))
+                Piece(str(path.parent.resolve() / path.name), label, source, size, status.st_mtime_ns, start, min(start + step, size))
                 for start in range(0, max(1, size), step)
             ]
     return pieces, ignored

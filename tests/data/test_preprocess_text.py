@@ -191,6 +191,22 @@ def test_a_large_file_is_cut_between_lines(words, tmp_path, monkeypatch):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_links_are_read_as_their_own_names_say(words, tmp_path):
+    """The layout of Hugging Face's cache: names that link to files called by their hash."""
+    records = [{"text": text(n, 4)} for n in range(6)]
+    for number, suffix in enumerate((".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")):
+        data = text(9, 4).encode() if suffix == ".txt" else pack_lines(records, suffix)
+        write_file(tmp_path / "blobs" / f"{number:064x}", data)
+        write_file(tmp_path / "snapshot" / f"a{suffix}", b"").unlink()
+        (tmp_path / "snapshot" / f"a{suffix}").symlink_to(f"../blobs/{number:064x}")
+    for piece_bytes in (1 << 20, 50):
+        pieces = list_pieces([tmp_path / "snapshot"], piece_bytes)[0]
+        found = [one for piece in pieces for one in read_documents(piece, text_field="text", source_field="none")]
+        assert [one.text for one in found] == [record["text"] for record in records] * 3 + [text(9, 4)]
+    report = preprocess_text(options([tmp_path / "snapshot"], words, tmp_path / "out"))
+    assert (report.accepted, report.rejected) == (19, 0)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_damaged_packed_files_keep_what_came_before(words, tmp_path, suffix):
     good = [{"text": f"{os.urandom(60).hex()} {text(n, 5)}"} for n in range(3000)]
