@@ -82,7 +82,7 @@ def list_pieces(inputs: Sequence[Path], piece_bytes: int = PIECE_BYTES) -> tuple
     for root in inputs:
         if not root.exists():
             raise ValueError(f"--input {root} does not exist; correct the path")
-        found = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+        found = [root] if root.is_file() else find_files(root)
         files = [path for path in found if path.name.endswith(FORMATS)]
         if not files:
             raise ValueError(f"--input {root} holds no file that ends in {', '.join(FORMATS)}; give such a file, or a folder of them")
@@ -102,6 +102,20 @@ def list_pieces(inputs: Sequence[Path], piece_bytes: int = PIECE_BYTES) -> tuple
                 for start in range(0, max(1, size), step)
             ]
     return pieces, ignored
+
+
+def find_files(root: Path) -> list[Path]:
+    """All files below a folder, sorted. Links to folders are followed, each folder once: chunks of a set may lie on several disks."""
+    found, entered = [], set()
+    for folder, names, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:
+            names.clear()
+            continue
+        entered.add(real)
+        names.sort()
+        found += [path for path in (Path(folder, name) for name in files) if path.is_file()]
+    return sorted(found)
 
 
 def read_documents(piece: Piece, *, text_field: str, source_field: str) -> Iterator[Document | Refused]:

@@ -207,6 +207,17 @@ def test_links_are_read_as_their_own_names_say(words, tmp_path):
     assert (report.accepted, report.rejected) == (19, 0)
 
 
+def test_linked_folders_are_searched_once(words, tmp_path):
+    for number, folder in enumerate(("train/chunk1", "disk2/chunk2", "disk2/chunk2/part")):
+        write_file(tmp_path / folder / f"{number}.jsonl", pack_lines([{"text": text(number, 4)}]))
+    (tmp_path / "train" / "chunk2").symlink_to("../disk2/chunk2")
+    (tmp_path / "train" / "chunk3").symlink_to("../disk2/chunk2/part")  # is below another link already
+    (tmp_path / "disk2" / "chunk2" / "up").symlink_to("../../train")
+    (tmp_path / "train" / "gone.jsonl").symlink_to("nowhere")
+    report = preprocess_text(options([tmp_path / "train"], words, tmp_path / "out"))
+    assert (report.accepted, report.rejected, report.ignored_files) == (3, 0, 0)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_damaged_packed_files_keep_what_came_before(words, tmp_path, suffix):
     good = [{"text": f"{os.urandom(60).hex()} {text(n, 5)}"} for n in range(3000)]

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_longvila.data.documents import find_files
 from megatron_longvila.data.importers.catalogue import IMPORTERS
 from megatron_longvila.data.importers.records import Record
 from megatron_longvila.data.importers.rows import MediaFolder, Missing, Settings
@@ -111,7 +112,7 @@ def _check(options: Options) -> None:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
+    return path.stat().st_size if path.is_file() else sum(one.stat().st_size for one in find_files(path))
 
 
 def _all_records(options: Options, *, skip: int) -> Iterator[Record]:
@@ -279,7 +280,7 @@ def _fingerprint(options: Options) -> str:
     """Of what decides the rows, but for what lies in the media folder."""
     files = []
     for path in (*options.inputs, *filter(None, [options.settings.answers])):
-        for one in [path] if path.is_file() else sorted(path.rglob("*")):
+        for one in [path] if path.is_file() else find_files(path):
             status = one.stat()
             files.append([str(one.resolve()), status.st_size, status.st_mtime_ns])
     settings = {name: str(value) for name, value in asdict(options.settings).items()}

@@ -288,6 +288,11 @@ def test_slimpajama(tmp_path):
     assert "empty text" in rejected[0]["reason"] and "not JSON" in rejected[1]["reason"]
     report, rows, _ = imported(tmp_path, None, "slimpajama", tmp_path / "train", sources=("RedPajamaC4",))
     assert [row["text"] for row in rows] == ["two"] and report.unwanted == 2
+    (tmp_path / "disk2").mkdir()
+    (tmp_path / "train" / "chunk2").symlink_to("../disk2")
+    for number, count in ((1, 4), (2, 5)):  # what comes into a linked folder is seen like any other file
+        (tmp_path / "disk2" / f"{number}.jsonl").write_text(lines[1])
+        assert imported(tmp_path, None, "slimpajama", tmp_path / "train")[0].rows == count
 
 
 def fields_read(function) -> set[str]:
