@@ -95,7 +95,7 @@ def parse_row(record: object) -> Row:
         raise RowError("has no `id` (a text or a whole number)")
     conversations = _parse_conversations(record.get("conversations"))
     videos = [MediaReference("<video>", path, _parse_fps(record)) for path in _paths(record, "video")]
-    if "image" in record and "images" in record:
+    if record.get("image") is not None and record.get("images") is not None:  # tables written as JSON name all columns in every row
         raise RowError("has both `image` and `images`; put all pictures into `images`")
     images = [MediaReference("<image>", path) for path in _paths(record, "image") + _paths(record, "images")]
     row = Row(identity, conversations, _match_marks(conversations, videos, images))

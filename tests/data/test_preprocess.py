@@ -16,6 +16,7 @@ from media import audio_bytes, image_bytes, video_bytes, write_frames
 from megatron_longvila.data import preprocess as preprocess_module
 from megatron_longvila.data.output import PreprocessError
 from megatron_longvila.data.preprocess import Options, preprocess
+from megatron_longvila.data.rows import parse_row
 from megatron_longvila.data.shards import open_dataset
 from megatron_longvila.data.workers import Killed, run_tasks
 
@@ -110,6 +111,14 @@ REFUSED = [
     ({"id": "b12", "video": "one.png", "conversations": turns("<video>")}, "is an image, but its mark is <video>"),
     ({"id": "b13", "image": "clip0.mp4", "conversations": turns("<image>")}, "is a video, but its mark is <image>"),
 ]
+
+
+@pytest.mark.parametrize("name", ["video", "image", "images", None])
+def test_fields_that_are_null_are_none(name):
+    mark = {"video": "<video>", None: ""}.get(name, "<image>")
+    record = {"id": "a", "video": None, "image": None, "images": None, "fps": None, "conversations": turns(f"{mark}What?")}
+    row = parse_row({**record, **({name: "a.file"} if name else {})})
+    assert [(one.mark, one.path) for one in row.media] == ([(mark, "a.file")] if name else [])
 
 
 @pytest.fixture(scope="module")
