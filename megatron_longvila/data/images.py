@@ -5,14 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from megatron_longvila.data.media import DEFAULT_LIMITS, SNIFF_BYTES, ByteRange, MediaError, MediaLimits, open_source, sniff
 
 MEAN_COLOUR = (127, 127, 127)  # int(255 * 0.5): SigLIP's mean, the colour that normalises to zero
 _BACKGROUND = (255, 255, 255)  # transparent drawings are made for white pages; dropping alpha would show what was never meant to be seen
 _EXIF_ORIENTATION = 0x0112
-_EXIF_ROTATION = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
+_UPRIGHT = {  # EXIF orientation -> (clockwise degrees, Pillow's transpose, which turns counter-clockwise); 1 is upright
+    2: (0, Image.Transpose.FLIP_LEFT_RIGHT),
+    3: (180, Image.Transpose.ROTATE_180),
+    4: (180, Image.Transpose.FLIP_TOP_BOTTOM),
+    5: (90, Image.Transpose.TRANSPOSE),
+    6: (90, Image.Transpose.ROTATE_270),
+    7: (270, Image.Transpose.TRANSVERSE),
+    8: (270, Image.Transpose.ROTATE_90),
+}
 
 
 def open_image(source: bytes | str | Path | ByteRange, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[Image.Image, int]:
@@ -34,11 +42,11 @@ def open_image(source: bytes | str | Path | ByteRange, limits: MediaLimits = DEF
                 max_pixels = min(limits.max_pixels, Image.MAX_IMAGE_PIXELS or limits.max_pixels)
                 if image.width * image.height > max_pixels:
                     raise MediaError(f"has {image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
-                orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+                rotation, transpose = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION), (0, None))
                 image.load()
-                # Neither exif_transpose nor convert where there is nothing to do: both copy, which takes longer than decoding a JPEG.
-                upright = image if orientation == 1 else ImageOps.exif_transpose(image)
-                return _to_rgb(upright), _EXIF_ROTATION.get(orientation, 0)
+                # Neither transpose nor convert where there is nothing to do: both copy, which takes longer than decoding a JPEG. Pillow's
+                # exif_transpose would write all of EXIF anew, and fail on one field of another kind than the standard says.
+                return _to_rgb(image if transpose is None else image.transpose(transpose)), rotation
         except MediaError:
             raise
         except Image.DecompressionBombError:

@@ -2,16 +2,19 @@
 
 import gc
 import io
+import itertools
 import os
+import struct
 import tracemalloc
 
 import av
 import numpy as np
 import pytest
 from media import audio_bytes, image_bytes, read_number, video_bytes, write_frames
-from PIL import Image
+from PIL import Image, ImageOps
 
 from megatron_longvila.config import VideoConfig
+from megatron_longvila.data.images import open_image
 from megatron_longvila.data.media import ByteRange, Deadline, DecodeTimeout, MediaError, MediaLimits, missing_bytes, open_source, sniff
 from megatron_longvila.data.stream import VideoStream
 from megatron_longvila.data.video import decode_frames, probe, select_frames
@@ -230,6 +233,20 @@ def test_exif_orientation(orientation, rotation):
     facts = probe(data)
     assert (facts.width, facts.height, facts.rotation) == (64, 96, rotation)
     assert numbers(decode_frames(data, [0], image_size=64)[0]) == [1234]
+
+
+def test_a_turned_picture_with_exif_fields_of_the_wrong_kind():
+    """Cameras and editors write them; only the orientation matters here."""
+    picture = Image.open(io.BytesIO(image_bytes(99, size=(64, 96))))
+    for orientation, wrong in itertools.product(range(1, 9), [(0x010E, 3, 72), (0x011A, 3, 72), (0x0100, 9, 0xFFFFFFFF)]):
+        entries = sorted([(0x0112, 3, orientation), wrong])  # a number as description, a short as resolution, a width of -1
+        body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+        file = io.BytesIO()
+        picture.save(file, "JPEG", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4), quality=95)
+        picture.getexif()[0x0112] = orientation
+        found, expected = open_image(file.getvalue())[0], ImageOps.exif_transpose(picture)
+        assert found.size == expected.size
+        assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).mean() < 2
 
 
 def encode(image: Image.Image, **settings) -> bytes:
