@@ -200,9 +200,10 @@ class VideoStream:
                 return  # a cut file: what came before is still good
             except OSError as error:
                 raise MediaUnreadable(f"cannot be read on: {error.strerror or error}") from error
-            if packet is None or packet.size == 0:
+            if packet is None:
                 return
-            yield packet
+            if packet.size:  # else a sample without bytes (a dropped frame), or PyAV's sign of the end, which None follows
+                yield packet
 
     def _scan(self) -> Timeline:
         pts, shown, durations, key_stamps = [], [], [], {}

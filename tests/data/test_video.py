@@ -96,6 +96,17 @@ def test_rotated_video_is_upright(rotation, fast_resize):
     assert read_number(padded[0, :, 8:40]) == 509
 
 
+def test_a_sample_without_bytes_is_no_end():
+    """A recorder that drops a frame may leave an empty sample: the video goes on after it."""
+    data = bytearray(video_bytes(range(20), encoder="mpeg4", options={"bf": "0", "g": "1"}))
+    entry = data.index(b"stsz") + 16 + 4 * 8  # the size of the ninth sample goes to the one before it
+    before, own = struct.unpack_from(">II", data, entry - 4)
+    struct.pack_into(">II", data, entry - 4, before + own, 0)
+    facts = probe(bytes(data))
+    assert (facts.num_frames, facts.duration_s) == (19, 2.0)
+    assert numbers(decode_frames(bytes(data), range(8, 19), image_size=64)[0]) == list(range(9, 20))
+
+
 def test_only_wanted_frames_are_converted_and_files_are_closed(monkeypatch, tmp_path):
     converted = []
     to_rgb = VideoStream.to_rgb
