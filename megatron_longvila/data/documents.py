@@ -23,6 +23,7 @@ FORMATS = tuple(kind + packing for kind in (".jsonl", ".txt") for packing in (""
 PIECE_BYTES = 8 << 20  # of a plain JSONL file: a few seconds of work for one process, so that all end at about the same time
 _BOM = b"\xef\xbb\xbf"
 _PACKED_BYTES = 1 << 16  # small, because a frame may unpack to many times as much
+_ZSTD_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes; the library's own limit, 128 MiB, is that of `zstd -d` without --long
 _STREAM_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
@@ -242,7 +243,7 @@ class _ZstdFile(io.RawIOBase):
                     raise EOFError("the last frame breaks off")
                 return 0
             if self._frame is None or self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
             self._ready = memoryview(self._frame.decompress(packed))  # sliced without a copy
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]

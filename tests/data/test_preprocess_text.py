@@ -233,6 +233,16 @@ def test_damaged_packed_files_keep_what_came_before(words, tmp_path, suffix):
     assert (report.accepted, report.rows[0]["key"]) == (20, "whole.txt.zst")
 
 
+@pytest.mark.parametrize("window_log", [10, 28, 31])
+def test_zstandard_files_with_a_long_window(words, tmp_path, window_log):
+    """As `zstd --long=31` packs dumps. By hand, since packing that way takes gigabytes: one raw block after the window's size."""
+    line = json.dumps({"text": text(1, 9)}).encode() + b"\n"
+    block = (1 | len(line) << 3).to_bytes(3, "little") + line
+    source = write_file(tmp_path / "a.jsonl.zst", b"\x28\xb5\x2f\xfd\0" + bytes([(window_log - 10) << 3]) + block)
+    report = preprocess_text(options([source], words, tmp_path / "out"))
+    assert (report.accepted, report.rejected) == (1, 0)
+
+
 def die_in_a_child(run, *, at_call: int, of: str) -> None:
     """Call `run` in a forked process that kills itself when it is about to call `of` for the `at_call`-th time."""
     child = os.fork()
