@@ -250,9 +250,9 @@ def _ebml_size(file: BinaryIO) -> int | None:
     return None if length > 8 or len(data) < length or value == (1 << 7 * length) - 1 else value
 
 
-def natural_key(name: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts frame_2 before frame_10."""
-    return [(0, int(part)) if part.isascii() and part.isdigit() else (1, part) for part in re.split(r"([0-9]+)", name)]
+def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:
+    """Sort key that puts frame_2 before frame_10. No two names share one, or their order would be that of the disk (frame_2, frame_02)."""
+    return [(0, int(part)) if part.isascii() and part.isdigit() else (1, part) for part in re.split(r"([0-9]+)", name)], name
 
 
 def frame_files(folder: str | Path) -> list[Path]:

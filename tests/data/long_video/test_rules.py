@@ -1,5 +1,6 @@
 """Clips, prompts, answers, filters and rows, one rule at a time."""
 
+import itertools
 import random
 
 import numpy as np
@@ -13,6 +14,7 @@ from megatron_longvila.data.long_video.filters import _NearDuplicates, find_lang
 from megatron_longvila.data.long_video.pictures import clip_frames
 from megatron_longvila.data.long_video.prompts import PLACEHOLDERS, QUESTION_TYPES, load_prompt
 from megatron_longvila.data.long_video.segments import cut_clips, plan_boundaries
+from megatron_longvila.data.media import natural_key
 
 
 @pytest.mark.parametrize(
@@ -216,3 +218,8 @@ def test_one_question_per_video_keeps_the_types_even():
     chosen = [_choose(questions * 2, taken, ExportOptions("each", max_per_type=3)) for _ in range(3)]
     assert [len(one) for one in chosen] == [14, 7, 0] and set(taken.values()) == {3}
     assert len(_choose(questions, taken, ExportOptions("all"))[0][1]) == 7
+
+
+def test_natural_order_is_that_of_the_names_alone():
+    ordered = ["frame", "frame_02", "frame_2", "frame_002a", "frame_10"]
+    assert all(sorted(names, key=natural_key) == ordered for names in itertools.permutations(ordered))
