@@ -42,8 +42,8 @@ def open_image(source: bytes | str | Path | ByteRange, limits: MediaLimits = DEF
                 max_pixels = min(limits.max_pixels, Image.MAX_IMAGE_PIXELS or limits.max_pixels)
                 if image.width * image.height > max_pixels:
                     raise MediaError(f"has {image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
-                rotation, transpose = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION), (0, None))
                 image.load()
+                rotation, transpose = _UPRIGHT.get(_orientation(image), (0, None))
                 # Neither transpose nor convert where there is nothing to do: both copy, which takes longer than decoding a JPEG. Pillow's
                 # exif_transpose would write all of EXIF anew, and fail on one field of another kind than the standard says.
                 return _to_rgb(image if transpose is None else image.transpose(transpose)), rotation
@@ -55,6 +55,14 @@ def open_image(source: bytes | str | Path | ByteRange, limits: MediaLimits = DEF
             raise MediaError(f"is a damaged {found.reader} image: its header cannot be read") from None
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ... on damaged files
             raise MediaError(f"is a damaged {found.reader} image: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """By EXIF; None where that says nothing or is damaged, which a whole picture may have: Pillow forgives it in JPEG only."""
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # SyntaxError, struct.error, ValueError, ...
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

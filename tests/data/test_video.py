@@ -260,6 +260,13 @@ def test_a_turned_picture_with_exif_fields_of_the_wrong_kind():
         assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).mean() < 2
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_with_damaged_exif_is_upright(kind):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(image_bytes(99))).save(file, kind, exif=b"Exif\0\0no TIFF header")
+    assert numbers(decode_frames(file.getvalue(), [0], image_size=64)[0]) == [99]
+
+
 def encode(image: Image.Image, **settings) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", **settings)
