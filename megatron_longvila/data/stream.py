@@ -16,7 +16,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, MediaUnreadable, open_source, sniff
-from megatron_longvila.data.timeline import Timeline, counted, from_packets
+from megatron_longvila.data.timeline import Timeline, counted, from_packets, starts_again
 
 # Read ahead of the demuxer: fewer calls into Python per hour of video (PyAV's default is 32 KiB), little waste per seek.
 _BUFFER_BYTES = 1 << 18
@@ -218,7 +218,7 @@ class VideoStream:
         if not pts:
             raise MediaError("has a video track without a single packet")
         # AVI has no presentation stamps: with B-frames its packets' times are those of other frames
-        if self.extension == "avi" or None in pts or len(set(pts)) < len(pts) or not key_stamps:
+        if self.extension == "avi" or None in pts or len(set(pts)) < len(pts) or not key_stamps or starts_again(np.array(pts), key_stamps):
             return self._count_by_decoding()
         timeline = from_packets(np.array(pts, np.int64), np.array(shown), key_stamps, 0.0)
         if not timeline.num_frames:

@@ -57,6 +57,14 @@ def counted(num_frames: int, duration_s: float) -> Timeline:
     return Timeline(np.arange(num_frames), none, none, duration_s, np.empty(0, np.int64), {})
 
 
+def starts_again(pts_P: np.ndarray, key_stamps: dict[int, tuple[int, int | None]]) -> bool:
+    """Whether the stamps begin anew within the stream, as where recordings were put one after the other: of one recording, all that comes
+    before a keyframe is shown before it."""
+    latest_P = np.maximum.accumulate(pts_P)
+    keys_K = np.array([position for position in key_stamps if position], np.int64)
+    return bool((latest_P[keys_K - 1] >= pts_P[keys_K]).any())
+
+
 def from_packets(pts_P: np.ndarray, is_shown_P: np.ndarray, key_stamps: dict[int, tuple[int, int | None]], duration_s: float) -> Timeline:
     """Find each frame's keyframe. Without one before it, a frame of a cut stream cannot be decoded and is left out, as hidden ones are.
 

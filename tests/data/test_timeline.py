@@ -164,3 +164,17 @@ def test_a_dataset_of_before_lists_were_stored(tmp_path):
     written = shard.stat().st_mtime_ns
     assert preprocess(options).changed and not preprocess(options).changed
     assert {name: (output / name).read_bytes() for name in new} == new and shard.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("offset_s", [0.0, 0.433, 2.033, 10.0])
+@pytest.mark.parametrize("keyint", [12, 250])
+def test_recordings_put_one_after_the_other_are_shown_so(offset_s, keyint):
+    """Their stamps may begin anew, or lie in each other."""
+    options = {"x264-params": f"keyint={keyint}:min-keyint={keyint}:scenecut=0:bframes=3:threads=1"}
+    one = video_bytes(range(24), container="mpegts", options=options)
+    other = video_bytes(range(100, 124), container="mpegts", options=options, muxer_options={"output_ts_offset": str(offset_s)})
+    for data, expected in ((one + other, [*range(24), *range(100, 124)]), (other + one, [*range(100, 124), *range(24)])):
+        facts = probe(data)
+        pixels, _ = decode_frames(data, range(48), image_size=64, timeline=facts.timeline)
+        assert [read_number(picture) for picture in pixels] == expected
+        assert facts.duration_s == pytest.approx(12.2 if offset_s == 10 and data[: len(one)] == one else 4.8)
