@@ -6,12 +6,14 @@ Shapes: F frames, H, W.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import av
 import numpy as np
 
 from megatron_longvila.data.long_video.records import WorkError, fail_stage, write_stage
@@ -33,7 +35,6 @@ from megatron_longvila.data.workers import Killed, run_tasks
 LINKED_FOLDER = "is a link to a folder; give that folder itself, or copy it"
 _KILL_AFTER_S = 5.0
 _SHOT_WIDTH = 160  # pixels; the detector's own default scales down to about this
-_SHOT_BATCH = 500  # frames held at a time
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,9 @@ def _find_shots(stream: VideoStream, times_s_F: np.ndarray, duration_s: float, o
     fps = max(1e-3, len(times_s_F) / duration_s)
     detector = ContentDetector(threshold=options.threshold, min_scene_len=max(1, round(fps)))  # shots of at least a second
     cuts = []
-    for start in range(0, len(times_s_F), _SHOT_BATCH):
-        indices = list(range(start, min(start + _SHOT_BATCH, len(times_s_F))))
-        pictures = stream.read(indices, lambda frame: _small(stream, frame))
-        for index in indices:
-            if index in pictures:  # a damaged frame is no shot
-                cuts += detector.process_frame(FrameTimecode(index, fps), pictures[index])
+    for index, frame in stream.frames():  # in one go: a stream without stamps is decoded from its start for every visit
+        with contextlib.suppress(av.FFmpegError):  # a damaged frame is no shot
+            cuts += detector.process_frame(FrameTimecode(index, fps), _small(stream, frame))
     return [float(times_s_F[cut.frame_num]) for cut in cuts]
 
 

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from media import video_bytes
 from programs import ROOT
 
 from megatron_longvila.data.long_video.answers import is_refusal, parse_caption, parse_questions, parse_summary, read_question
@@ -13,8 +14,9 @@ from megatron_longvila.data.long_video.export import ExportOptions, _choose
 from megatron_longvila.data.long_video.filters import _NearDuplicates, find_language, leaks, normalise, shingles, similarity
 from megatron_longvila.data.long_video.pictures import clip_frames
 from megatron_longvila.data.long_video.prompts import PLACEHOLDERS, QUESTION_TYPES, load_prompt
-from megatron_longvila.data.long_video.segments import cut_clips, plan_boundaries
+from megatron_longvila.data.long_video.segments import SegmentOptions, _Task, cut_clips, look, plan_boundaries
 from megatron_longvila.data.media import natural_key
+from megatron_longvila.data.stream import VideoStream
 
 
 @pytest.mark.parametrize(
@@ -223,3 +225,13 @@ def test_one_question_per_video_keeps_the_types_even():
 def test_natural_order_is_that_of_the_names_alone():
     ordered = ["frame", "frame_02", "frame_2", "frame_002a", "frame_10"]
     assert all(sorted(names, key=natural_key) == ordered for names in itertools.permutations(ordered))
+
+
+def test_shots_are_found_in_one_go(tmp_path, monkeypatch):
+    """Also where a stream has no stamps, whose frames are only reached from its start."""
+    path, calls, decode = tmp_path / "a.avi", [], VideoStream._decode
+    path.write_bytes(video_bytes([number // 200 % 2 * 4095 for number in range(1200)], encoder="mpeg4", container="avi"))
+    monkeypatch.setattr(VideoStream, "_decode", lambda stream, packet: calls.append(packet) or decode(stream, packet))
+    found = look(_Task("key", str(path), SegmentOptions(tmp_path, boundaries="shots")))
+    assert found["num_shots"] == 6
+    assert len(calls) < 2 * 1200 + 20  # once to count the frames, once to look at them
