@@ -19,7 +19,7 @@ from PIL import Image
 from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, open_source, resolve_below, sniff
 from megatron_longvila.data.output import Journal, PreprocessError, Progress, output_folder
 from megatron_longvila.data.shards import canonical_json
-from megatron_longvila.data.stream import VideoStream
+from megatron_longvila.data.stream import READ_AS, VideoStream
 from megatron_longvila.data.workers import Killed, run_tasks
 
 _VERSION = 2  # raise when the same settings make other files
@@ -27,7 +27,7 @@ _KILL_AFTER_S = 5.0
 _MEASURED_FRAMES = 32  # of each video, to compare decoding before and after
 # AVColorSpace of a frame -> the matrix its copy is coded with; RGB has none and gets BT.601's, all others stay what they are.
 _MATRICES = {0: Colorspace.ITU601, 1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601}
-_MATRICES |= {7: Colorspace.SMPTE240M, 9: Colorspace.BT2020}
+_MATRICES |= {7: Colorspace.SMPTE240M, 9: Colorspace.BT2020, **READ_AS}
 _RATES = [Fraction(number, scale) for number in (24000, 25000, 30000, 48000, 50000, 60000) for scale in (1000, 1001)]
 
 
@@ -171,7 +171,7 @@ def _upright(frame: av.VideoFrame, transpose: Image.Transpose | None, size: tupl
     """The frame as 4:2:0 of limited range, scaled to `size` once it is upright. Turned plane by plane: no detour over RGB."""
     turned = transpose in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270, Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE)
     width, height = size[::-1] if turned else size
-    colours = {"dst_colorspace": matrix, "dst_color_range": ColorRange.MPEG}
+    colours = {"src_colorspace": READ_AS.get(int(frame.colorspace)), "dst_colorspace": matrix, "dst_color_range": ColorRange.MPEG}
     scaled = frame.reformat(width=width, height=height, format="yuv420p", interpolation="BICUBIC", **colours)
     if transpose is None:
         return scaled

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import Image
 
 from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, MediaUnreadable, open_source, sniff
@@ -23,6 +23,9 @@ _BUFFER_BYTES = 1 << 18
 # Decoders that may drop the frames no other frame refers to. H.264 marks them exactly. HEVC is left out: a "sub-layer non-reference"
 # picture may still be referred to by a higher temporal layer, and FFmpeg drops it all the same; so are AV1 and VP9 (nothing to gain).
 _SKIPS_UNREFERENCED = ("h264", "mpeg4", "mpeg2video")
+# AVColorSpace of a frame -> the matrix to read it with, where the scaler refuses the frame's own: BT.2020 with constant luminance has the
+# coefficients of BT.2020, and players show it so.
+READ_AS = {10: Colorspace.BT2020}
 _ORIENTATIONS = {  # signs of the display matrix (a, b, c, d): x' = a x + c y, y' = b x + d y -> (clockwise degrees, Pillow's transpose)
     (1, 0, 0, 1): (0, None),
     (0, 1, -1, 0): (90, Image.Transpose.ROTATE_270),  # Pillow turns counter-clockwise
@@ -101,7 +104,8 @@ class VideoStream:
         if frame.width * frame.height > self._limits.max_pixels:
             raise MediaError(f"has a frame of {frame.width} x {frame.height} pixels, more than max_pixels={self._limits.max_pixels}")
         scaling = {} if size is None else {"width": size[0], "height": size[1], "interpolation": "BICUBIC"}
-        rgb_HW3 = self._scaler.reformat(frame, format="rgb24", **scaling).to_ndarray()
+        matrix = READ_AS.get(int(frame.colorspace))
+        rgb_HW3 = self._scaler.reformat(frame, format="rgb24", src_colorspace=matrix, **scaling).to_ndarray()
         transpose = self.orient(frame)
         return rgb_HW3 if transpose is None else np.array(Image.fromarray(rgb_HW3).transpose(transpose))
 

@@ -26,6 +26,7 @@ COLOURS = {  # tags of a source: matrix, range, primaries, transfer
     "709 full range": (1, 2, 1, 1),
     "601 full range": (5, 2, 2, 2),
     "2020": (9, 1, 9, 14),
+    "2020 with constant luminance": (10, 1, 9, 16),
     "untagged": (2, 0, 2, 2),
 }
 TAGS = ("colorspace", "color_range", "color_primaries", "color_trc")
@@ -97,7 +98,7 @@ def test_copies_keep_the_colours(tmp_path, kind, rotation):
         frame = next(container.decode(video=0))
     space, _, *others = COLOURS[kind]
     assert [frame.color_range in (0, 1), frame.color_primaries, frame.color_trc] == [True, *others]
-    assert frame.colorspace == {5: 6}.get(space, space)  # 5 and 6 are two names of the matrix of BT.601
+    assert frame.colorspace == {5: 6, 10: 9}.get(space, space)  # two names of the matrix of BT.601, and two of BT.2020's
 
 
 def test_copies_of_rgb_keep_the_colours(tmp_path):
