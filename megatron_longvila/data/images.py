@@ -39,9 +39,10 @@ def open_image(source: bytes | str | Path | ByteRange, limits: MediaLimits = DEF
         file.seek(0)
         try:
             with Image.open(file, formats=[found.reader]) as image:
-                max_pixels = min(limits.max_pixels, Image.MAX_IMAGE_PIXELS or limits.max_pixels)
-                if image.width * image.height > max_pixels:
-                    raise MediaError(f"has {image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
+                allowed = {"max_pixels": limits.max_pixels, "Pillow's MAX_IMAGE_PIXELS": Image.MAX_IMAGE_PIXELS or limits.max_pixels}
+                limit = min(allowed, key=allowed.get)
+                if image.width * image.height > allowed[limit]:
+                    raise MediaError(f"has {image.width} x {image.height} pixels, more than {limit}={allowed[limit]}")
                 image.load()
                 rotation, transpose = _UPRIGHT.get(_orientation(image), (0, None))
                 # Neither transpose nor convert where there is nothing to do: both copy, which takes longer than decoding a JPEG. Pillow's
