@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -115,21 +116,38 @@ class DistributedTensors:
     """The tensors of a distributed checkpoint, whatever mesh wrote it: full, on the CPU, one at a time. Needs no process group."""
 
     def __init__(self, folder: Path, prefixes: Iterable[str]):
-        """`prefixes` say which names count: those of the model and not of the optimizer."""
-        self._reader = _CachedReader(folder)
-        entries, prefixes = self._reader.metadata.state_dict_metadata, tuple(prefixes)
+        """`prefixes` say which names count: those of the model and not of the optimizer. Raises OSError as `read`."""
+        self._folder, self._reader = folder, _CachedReader(folder)
+        with _file_named(lambda: [folder / ".metadata"]):
+            entries, prefixes = self._reader.metadata.state_dict_metadata, tuple(prefixes)
         kept = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata) and key.startswith(prefixes)}
         self.infos = {unfused_name(key): TensorInfo(tuple(entry.size), entry.properties.dtype) for key, entry in kept.items()}
         self._keys = {unfused_name(key): key for key in kept}
 
     def read(self, name: str) -> Tensor:
-        """A full tensor by its global name."""
+        """A full tensor by its global name. Raises OSError with the files and the cause if it cannot be read, however that shows."""
         info, key = self.infos[name], self._keys[name]
         found = {key: torch.empty(info.shape, dtype=info.dtype)}
-        with warnings.catch_warnings():
+        with _file_named(lambda: self._files(key)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
             dcp.load(found, storage_reader=self._reader, no_dist=True)
         return found[key]
+
+    def _files(self, key: str) -> list[Path]:
+        """The files that hold the pieces of a tensor."""
+        places = self._reader.metadata.storage_data
+        return sorted({self._folder / place.relative_path for index, place in places.items() if index.fqn == key})
+
+
+@contextmanager
+def _file_named(files: Callable[[], list[Path]]) -> Iterator[None]:
+    """Turn what torch raises for files that are missing, cut or damaged, which is of many kinds, into an OSError with their names."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # which is no Exception
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        names = ", ".join(map(str, files()))
+        raise OSError(f"{names} cannot be read ({type(cause).__name__}: {str(cause).strip()})") from error
 
 
 class _CachedReader(dcp.FileSystemReader):

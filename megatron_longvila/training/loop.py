@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_longvila import config_io, platform
-from megatron_longvila.checkpoint.origin import describe_tokens, find_origin
+from megatron_longvila.checkpoint.origin import describe_tokens
 from megatron_longvila.checkpoint.sharded import Checkpoints, TrainingState
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check
@@ -190,13 +190,11 @@ def evaluate_if_missing(run: Run, stop: StopSignal) -> bool:
 
 
 def check_end(run: Run) -> None:
-    """What trained and what did not, over the whole run. Collective; raises TrainableError, or ValueError if the input is gone."""
+    """What trained and what did not, over the whole run. Collective; raises TrainableError, or OSError if the input cannot be read."""
     if run.check is None:
         return
     run.check.check(f"after the last step {run.total_steps}")
-    origin = find_origin(run.checkpoints.origin, run.config)
-    if origin is not None:
-        check_saved(run.state.model, origin, run.checkpoints.folder(run.total_steps), run.checkpoints.origin["parts"])
+    check_saved(run.state.model, run.checkpoints, run.checkpoints.folder(run.total_steps))
 
 
 def train_step(run: Run, batch: list[MicroBatch], number: int, stop_requested: bool) -> dict[str, Any]:

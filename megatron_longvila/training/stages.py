@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -244,38 +244,64 @@ class TrainableCheck:
         return ((name, parameter) for name, parameter in global_parameters(self._model) if not parameter.requires_grad)
 
 
-def check_saved(model: torch.nn.Module, origin: Path, last: Path, parts: Iterable[str]) -> None:
-    """What did not train is in the checkpoint `last` as it is in `origin`, by the files of both: nothing that loads or saves is trusted.
+def check_saved(model: torch.nn.Module, checkpoints: Checkpoints, last: Path) -> None:
+    """What did not train is in the checkpoint `last` as it is in the run's input, by the files of both: nothing that loads or saves is
+    trusted.
 
     Frozen tensors have the SHA-256 of the input's, rounded once if `last` has a less exact dtype; passengers that of the input's file.
-    Collective over all ranks, which share the reading. Without `last` there is nothing to compare.
-
-    Args:
-        parts: what the run took from `origin`: vision, projector, llm.
+    Collective over all ranks, which share the reading. Without an input, or `last`, there is nothing to compare.
 
     Raises:
         TrainableError: otherwise; names the tensors, on every rank.
+        OSError: a rank does not find the input, or cannot read a file; names the rank, the file and the cause, on every rank.
     """
+    origin = on_all_ranks(lambda: find_origin(checkpoints.origin, checkpoints.config))[dist.get_rank()]
+    if origin is None:
+        return
     written = [last.exists()]
     dist.broadcast_object_list(written, src=0)
     if not written[0]:
         return
-    check_passengers(origin / PASSENGERS, last / PASSENGERS)
-    prefixes = tuple(PARTS[part] for part in parts)
-    before, after = DistributedTensors(origin, prefixes), DistributedTensors(last, prefixes)
+    prefixes = tuple(PARTS[part] for part in checkpoints.origin["parts"])
     frozen = {name for name, parameter in global_parameters(model) if not parameter.requires_grad and name.startswith(prefixes)}
     (frozen,) = union_over_ranks(frozen)
-    # A checkpoint without adapters leaves those of the model as they were made.
-    names = [name for name in frozen if name in before.infos or not is_adapter(name)]
-    names.sort(key=lambda name: (after.infos[name].num_bytes, name))  # so that ranks get about as many bytes each
-    mine = names[dist.get_rank() :: dist.get_world_size()]
-    changed = {name for name in mine if digest(before.read(name).to(after.infos[name].dtype)) != digest(after.read(name))}
-    (changed,) = union_over_ranks(changed)
+    changed = set().union(*on_all_ranks(lambda: find_changed(frozen, origin, last, prefixes)))
     if changed:
         raise TrainableError(
             f"{len(changed)} frozen tensors of {last} are not those of {origin}: {list_names(changed)}; they were loaded or saved as "
             "something else, and what was trained beside them fits those. --training.check_trainable false goes on without this check"
         )
+
+
+def find_changed(frozen: set[str], origin: Path, last: Path, prefixes: tuple[str, ...]) -> set[str]:
+    """Those of this rank's share of the frozen tensors that are others in `last` than in `origin`. Raises as `check_saved`, but alone."""
+    check_passengers(origin / PASSENGERS, last / PASSENGERS)
+    before, after = DistributedTensors(origin, prefixes), DistributedTensors(last, prefixes)
+    # A checkpoint without adapters leaves those of the model as they were made.
+    names = [name for name in frozen if name in before.infos or not is_adapter(name)]
+    names.sort(key=lambda name: (after.infos[name].num_bytes, name))  # so that ranks get about as many bytes each
+    mine = names[dist.get_rank() :: dist.get_world_size()]
+    return {name for name in mine if digest(before.read(name).to(after.infos[name].dtype)) != digest(after.read(name))}
+
+
+def on_all_ranks(look: Callable[[], Any]) -> list[Any]:
+    """What `look` returns on each rank. It may fail on one of them, and must hold no collective. Collective over all ranks.
+
+    Raises:
+        TrainableError, OSError: what `look` raised first, by rank, on every rank: none waits for one that has left.
+    """
+    found, failure, cause = None, None, None
+    try:
+        found = look()
+    except TrainableError as error:
+        cause, failure = error, (TrainableError, str(error))
+    except Exception as error:
+        cause, failure = error, (OSError, f"rank {dist.get_rank()} cannot compare with the run's input: {type(error).__name__}: {error}")
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (failure, found))
+    for kind, text in filter(None, (failure for failure, _ in gathered)):
+        raise kind(text) from cause
+    return [found for _, found in gathered]
 
 
 def check_passengers(before: Path, after: Path) -> None:

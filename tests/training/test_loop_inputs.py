@@ -1,6 +1,9 @@
 """What the step loop begins with: checkpoints that fit and do not, and what did not train against the input's weights and files."""
 
 import json
+import os
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,3 +146,48 @@ def test_nothing_is_rounded_into_the_same_or_a_wider_dtype(make_config) -> None:
         config = make_config(precision, steps=3, training=training, checkpoint={"load": str(source)})
         assert run_ranks(_log, 1, config) == [[]] and summary(config)["rounded"] == none
     assert run_ranks(_log, 1, config) == [[]] and summary(config)["rounded"] == none
+
+
+def cut(checkpoints, last: Path) -> Path:
+    """A copy of the checkpoint whose files of tensors lack their second half."""
+    copy = shutil.copytree(last, last.with_name("cut"))
+    for path in copy.glob("*.distcp"):
+        os.truncate(path, path.stat().st_size // 2)
+    return copy
+
+
+def leave_out(checkpoints, last: Path) -> Path:
+    return last.with_name("not_there")
+
+
+def lose_input(checkpoints, last: Path) -> Path:
+    checkpoints.config = replace(checkpoints.config, checkpoint=CheckpointConfig())
+    checkpoints.origin = checkpoints.origin | {"load": "/not_there"}
+    return last
+
+
+def _said(rank: int, config: Config, harm) -> str:
+    """What a rank says at the end of a run in which rank 1 alone meets the harm."""
+    from megatron_longvila.training import loop
+
+    real = loop.check_saved
+    if rank == 1:
+        loop.check_saved = lambda model, checkpoints, last: real(model, checkpoints, harm(checkpoints, last))
+    try:
+        run_training(rank, config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("harm", "file"), [(cut, r"/cut/__\d_\d\.distcp"), (leave_out, r"/not_there/\.metadata"), (lose_input, "are not in /not_there")]
+)
+def test_a_rank_that_cannot_read_what_did_not_train_tells_all(make_config, harm, file) -> None:
+    first = make_config("first", steps=1)
+    run_ranks(run_training, 1, first)
+    load = {"load": str(Path(first.output_dir) / "checkpoints" / "step_0000001")}
+    second = make_config("second", steps=3, training={"trainable": ["projector"]}, checkpoint=load)
+    said = run_ranks(_said, 2, second, harm, timeout_s=60)
+    assert said[0] == said[1]
+    assert re.fullmatch(rf"OSError: rank 1 cannot compare with the run's input: .*{file}.*", said[0], re.DOTALL)
