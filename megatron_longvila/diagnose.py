@@ -25,10 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longvila.pulse import ENDED, read_records
+from megatron_longvila.pulse import ENDED, MARKER, read_records
 
 SAVED, RESTARTABLE, FINAL, UNKNOWN = 0, 10, 20, 30
-MARKER = "interrupted"  # what a run leaves that stopped after a save
 LOG_TAIL_BYTES = 4 << 20
 # What ranks say when a peer has gone or does not come. The one that says it is not the cause.
 ECHOES = re.compile(

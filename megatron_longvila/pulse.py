@@ -30,6 +30,8 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 HEARTBEATS, FAILURES = "heartbeats", "failures"
+KINDS = ("beat", "stall", "failure", "seen")
+MARKER = "interrupted"  # what a run leaves that stopped after a save
 ENDED = "ended"  # the phase of a rank that left as it should
 SAMPLES_PER_TIMEOUT = 32
 BEAT_INTERVAL_S = 1.0
@@ -68,6 +70,16 @@ def read_records(run_dir: Path, kind: str, since_s: float = 0.0, ranks: Iterable
         if record["time_s"] >= since_s:
             found[int(path.stem.split("_")[1])] = record
     return found
+
+
+def forget_earlier(run_dir: Path, num_ranks: int) -> None:
+    """Remove what an earlier job left in its run directory and none of this one's `num_ranks` ranks would replace, so that nobody takes it
+    for a word about this job: the mark of a saved stop, and records of ranks that there are no more. For rank 0 when it starts."""
+    (run_dir / MARKER).unlink(missing_ok=True)
+    for kind in KINDS:
+        for rank in read_records(run_dir, kind):
+            if rank >= num_ranks:
+                record_path(run_dir, kind, rank).unlink(missing_ok=True)
 
 
 def write_record(path: Path, values: dict[str, Any]) -> None:
@@ -130,7 +142,7 @@ class Pulse:
         self._thread: threading.Thread | None = None
         self._writing = threading.Lock()
         self._written: dict[str, Any] = {}
-        for kind in ("beat", "stall", "failure", "seen"):
+        for kind in KINDS:
             path = record_path(run_dir, kind, rank)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from megatron_longvila import watch
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check_device, check_inputs, refuse, resolve
 from megatron_longvila.config_io import load, parse
-from megatron_longvila.pulse import Pulse, read_records
+from megatron_longvila.pulse import Pulse, forget_earlier, read_records
 
 
 def configure(argv: Sequence[str], *, world_size: int, gpus_per_host: int) -> Config:
@@ -115,6 +115,8 @@ def take_pulse(config: Config, local_world_size: int) -> Pulse:
     """This rank's log file and heartbeat, and on the first rank of a host the watch over its ranks."""
     run_dir, rank = Path(config.output_dir), int(os.environ.get("RANK", "0"))
     check_alone(run_dir, rank)
+    if rank == 0:
+        forget_earlier(run_dir, int(os.environ.get("WORLD_SIZE", "1")))
     open_log_file(run_dir, rank)
     watch.allow_debugger()
     pulse = Pulse(run_dir, rank, host_name(), timeout_s=config.parallel.timeout_s)

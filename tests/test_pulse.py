@@ -21,6 +21,7 @@ from small_disk import small_disk
 
 from megatron_longvila import train
 from megatron_longvila.config import Config
+from megatron_longvila.diagnose import FINAL, diagnose
 from megatron_longvila.pulse import (
     BEAT_INTERVAL_S,
     ROOM_BYTES,
@@ -219,6 +220,21 @@ def test_a_rank_allows_a_debugger_before_it_is_watched(tmp_path: Path, monkeypat
     monkeypatch.setattr(train, "open_log_file", lambda *args: None)
     train.take_pulse(replace(Config(), output_dir=str(tmp_path)), 1).end()
     assert said == ["allowed", "watched"]
+
+
+def test_a_job_is_not_taken_for_the_one_before(tmp_path: Path, monkeypatch) -> None:
+    """A job that stopped after a save, then one of four ranks that failed, then one of two that fails before its first step."""
+    for rank, message in enumerate(("of rank 0", "of rank 1", "of rank 2", "of rank 3")):
+        Pulse(tmp_path, rank).fail(KeyError(message))
+    (tmp_path / "interrupted").write_text("{}")
+    monkeypatch.setattr(train.watch, "start", lambda *args: None)
+    monkeypatch.setattr(train, "open_log_file", lambda *args: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        train.take_pulse(replace(Config(), output_dir=str(tmp_path)), 2).fail(ValueError("another layout"))
+    code, text = diagnose(tmp_path, since_s=0.0)
+    assert code == FINAL and ": ValueError: another layout\n" in text and "KeyError" not in text
 
 
 def write_beat(run_dir: Path, rank: int, pid: int, host: str = "here", **values) -> None:
