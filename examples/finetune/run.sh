@@ -15,7 +15,10 @@ convert=("$python" "$root/tools/convert_checkpoint.py")
 
 if [ ! -e "$output/imported/complete.json" ]; then
   "${convert[@]}" import "$model" "$output/imported"
+fi
+if [ ! -e "$output/verified" ]; then # a mark of its own: what was not proved is not passed over the next time
   "${convert[@]}" verify "$model" "$output/imported"
+  touch "$output/verified"
 fi
 
 "$python" "$root/tools/preprocess_video.py" --input "$rows" --media_root "$media_root" --output "$output/dataset"
@@ -23,6 +26,11 @@ fi
 "$python" -m torch.distributed.run --standalone --nproc_per_node "${NUM_RANKS:-8}" -m megatron_longvila.train \
   --config "$output/imported/config.yaml" --config "$root/examples/finetune/stage5_own_videos.yaml" \
   --checkpoint.load "$output/imported" --data.train "[\"$output/dataset\"]" --output_dir "$output/run" "$@"
+
+if [ -e "$output/run/interrupted" ]; then
+  echo "training was asked to stop and saved itself; nothing was exported: start the same command again to go on" >&2
+  exit 1 # not finished: what depends on the export must not start
+fi
 
 trained="$output/run/checkpoints/$(cat "$output/run/checkpoints/latest")"
 "${convert[@]}" export "$trained" "$output/exported" --format vila --overwrite
