@@ -21,7 +21,7 @@ case "$*" in
   *--version*) echo "Python 3.9.2" ;;
   *sys.prefix*) dirname "$(dirname "$0")" ;;
   *'m.version("torch")'*) exit "${NO_TORCH:-0}" ;;
-  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "PATH=$3/bin:\\$PATH" >"$3/bin/activate" ;;
   "-m pip "*) shift 2; echo "$*" >>"$PIP_LOG" ;;
   *) echo "unexpected: $*" >&2; exit 9 ;;
 esac
@@ -90,6 +90,16 @@ def test_an_active_environment_and_its_torch_are_used(checkout):
     assert (done.returncode, done.stdout.strip()) == (0, str(checkout / "bin/python"))
     assert pip == [f"install --editable {checkout}[dev,hf]"]
     assert not (checkout / ".venv").exists()
+
+
+def test_the_commands_of_the_fine_tuning_example_run_where_it_is_installed(checkout):
+    """With no environment active: `python` of its later commands, and of run.sh, is the one of the environment that was made."""
+    line = next(line for line in (ROOT / "examples/finetune/README.md").read_text().splitlines() if line.startswith("source tools/"))
+    clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "TORCH_REQUIREMENT", "PYTHON")}
+    settings = {"PATH": f"{checkout}/bin:{os.environ['PATH']}", "PIP_LOG": str(checkout / "pip.log")}
+    words = ["bash", "-c", f"{line}\nbash -c 'command -v \"${{PYTHON:-python}}\"'"]
+    done = subprocess.run(words, cwd=checkout, env=clean | settings, capture_output=True, text=True)
+    assert done.stdout.strip() == str(checkout / ".venv/bin/python"), done.stderr
 
 
 def test_another_python_is_refused_with_the_package_to_install(checkout):
