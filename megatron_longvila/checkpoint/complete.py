@@ -34,16 +34,22 @@ def find_damage(folder: Path) -> str | None:
         return f"it has no {COMPLETE}, so its writing did not end"
     try:
         files = json.loads(mark.read_text())["files"]
-    except (json.JSONDecodeError, KeyError) as error:
+        found = (_find_damage(folder / name, name, facts["size"], facts["sha256"]) for name, facts in files.items())
+        return next(filter(None, found), None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a changed byte can make anything of it
         return f"{COMPLETE} cannot be read ({error!r})"
-    for name, facts in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
-        if facts["sha256"] and _digest(path) != facts["sha256"]:
-            return f"{name} has other content than was written"
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read ({error})"
+
+
+def _find_damage(path: Path, name: str, size: int, sha256: str | None) -> str | None:
+    """What is wrong with one file of the list."""
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    if sha256 and _digest(path) != sha256:
+        return f"{name} has other content than was written"
     return None
 
 
