@@ -53,6 +53,8 @@ def configure(argv: list[str] | None, world_size: int) -> tuple[argparse.Namespa
     for folder in arguments.data:
         if not (folder / "dataset.json").is_file():
             raise ValueError(f"--data {folder} holds no dataset.json; write it with tools/preprocess_video.py --output {folder}")
+    if int(os.environ.get("RANK", "0")) == 0:  # which writes it
+        check_output(arguments.output)
     config = evaluation_config(
         arguments.checkpoint,
         flags,
@@ -62,6 +64,15 @@ def configure(argv: list[str] | None, world_size: int) -> tuple[argparse.Namespa
         evaluation=arguments.data,
     )
     return arguments, config
+
+
+def check_output(path: Path) -> None:
+    """Raises ValueError for a file that could not be written at the end, when everything has been asked."""
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder; give the JSON file to write, like {path / 'answers.json'}")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--output {path}: nothing can be written below {above}; choose another place")
 
 
 def evaluate(config: Config, folders: list[Path], *, blank_frames: bool) -> dict[str, Any]:

@@ -76,6 +76,18 @@ def test_what_does_not_fit_is_refused(tool, run_dir, missing, flags, message):
         tool.configure(arguments(run_dir, *flags), world_size=2)
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("heldout", r"heldout is a folder; give the JSON file to write, like .*/heldout/answers.json"),
+        ("tokenizer.model/answers.json", "nothing can be written below .*/tokenizer.model"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_asked(tool, run_dir, output, message):
+    with pytest.raises(ValueError, match=message):
+        tool.configure([*arguments(run_dir), "--output", str(run_dir / output)], world_size=1)
+
+
 def test_a_refusal_is_one_line_and_help_imports_no_torch(run_dir):
     (run_dir / "tokenizer.model").unlink()
     environment = {"PYTHONPATH": str(TOOL.parents[1])}
