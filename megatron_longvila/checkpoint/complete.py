@@ -5,12 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from megatron_longvila.checkpoint.origin import COMPLETE
 
 VERSION = 1
 _HASHED_BYTES = 16 << 20  # larger files are checked by size alone: reading all of a checkpoint again would cost minutes
+
+
+def find_steps(root: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, in order. A copy that somebody keeps beside them, under another name, is none of them."""
+    found = {int(match[1]): path for path in root.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))}
+    return dict(sorted(found.items()))
+
+
+def find_leftovers(root: Path) -> list[Path]:
+    """What a run that was killed left half-written or half-removed."""
+    return [path for path in root.glob(".step_*") if re.fullmatch(r"\.step_\d+\.(partial|removed)", path.name)]
 
 
 def mark_complete(folder: Path) -> None:

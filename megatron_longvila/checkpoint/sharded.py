@@ -27,7 +27,15 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longvila import config_io, platform
-from megatron_longvila.checkpoint.complete import VERSION, find_damage, mark_complete, sync_folder, write_text
+from megatron_longvila.checkpoint.complete import (
+    VERSION,
+    find_damage,
+    find_leftovers,
+    find_steps,
+    mark_complete,
+    sync_folder,
+    write_text,
+)
 from megatron_longvila.checkpoint.origin import PASSENGERS, TOKENS, copy_travellers, describe_origin
 from megatron_longvila.checkpoint.space import checkpoint_bytes, explain, require_space
 from megatron_longvila.config import Config, LoraConfig, ModelConfig
@@ -105,7 +113,7 @@ class Checkpoints:
         self.wait()
         folder = self.root / f".{_name(step)}.partial"
         if dist.get_rank() == 0:
-            for leftover in self.root.glob(".step_*"):  # of a run that was killed while it wrote or removed
+            for leftover in find_leftovers(self.root):
                 shutil.rmtree(leftover)
             folder.mkdir(parents=True)
         with self._patience():
@@ -272,14 +280,14 @@ class Checkpoints:
             write_text(self.root / "latest", final.name + "\n")
             sync_folder(self.root)
             # A later step can only be a damaged one that the resume passed over: it must not push out a good one.
-            names = sorted(path for path in self.root.glob("step_*") if path.name <= final.name)
-            for old in names[: -self.config.checkpoint.keep_last]:
+            folders = [path for number, path in find_steps(self.root).items() if number <= step]
+            for old in folders[: -self.config.checkpoint.keep_last]:
                 _remove(old)
             logger.info("saved %s", final)
         dist.barrier()
 
     def _search(self) -> Path | None:
-        for folder in sorted(self.root.glob("step_*"), reverse=True):
+        for folder in reversed(find_steps(self.root).values()):
             damage = find_damage(folder)
             if damage is None:
                 return folder

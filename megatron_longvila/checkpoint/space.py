@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_longvila import platform
+from megatron_longvila.checkpoint.complete import find_steps
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # isort: skip
@@ -59,7 +60,7 @@ def explain(error: BaseException, root: Path, partial: Path, needed: int, step: 
 
 def describe(root: Path, step: int, needed: int, free: int) -> str:
     """The sizes, what is left, and the way out."""
-    good = sorted(path.name for path in root.glob("step_*"))
+    good = [path.name for path in find_steps(root).values()]
     kept = f"the last checkpoint, {good[-1]}, is as it was" if good else "there is no earlier one"
     return (
         f"the checkpoint of step {step} needs {size(needed)} and {root} has {size(free)} free; {kept}; make room or lower "

@@ -1,6 +1,7 @@
 """Checkpoints of a toy model: exact resume, other layouts, frozen stages, background saves, damage, kills and pruning."""
 
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -134,6 +135,18 @@ def test_keep_last_and_latest(tmp_path: Path) -> None:
     assert (tmp_path / "step_0000005" / "config.yaml").exists()
     with pytest.raises(RankError, match="keep_last=0 must be at least 1"):
         run_ranks(train, 1, str(tmp_path), make_config(keep_last=0), {}, 5)
+
+
+def test_what_somebody_keeps_beside_them_is_left_alone(tmp_path: Path) -> None:
+    """A copy under another name is neither resumed from, nor pruned, nor counted; nor is what another program is writing there."""
+    config = make_config(keep_last=1)
+    for step in (2, 3):
+        run_ranks(train, 1, str(tmp_path), config, {}, step, (step,))
+        shutil.copytree(tmp_path / f"step_000000{step}", tmp_path / f"step_000000{step}_best")
+        (tmp_path / f".step_000000{step}_merged.partial").mkdir()
+    kept = [".step_0000002_merged.partial", ".step_0000003_merged.partial", "latest"]
+    assert _names(tmp_path) == [*kept, "step_0000002_best", "step_0000003", "step_0000003_best"]
+    assert run_ranks(_newest, 1, str(tmp_path)) == [("step_0000003", [])]
 
 
 def _truncate(folder: Path) -> None:
