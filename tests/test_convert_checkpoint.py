@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 from hf_models import save_llava, save_llm, save_siglip, save_vila
-from programs import ROOT, load_script, start
+from programs import ROOT, environment, load_script, start
 
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
@@ -31,6 +32,17 @@ def test_there_and_back(tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "vila"), str(tmp_path / "out")]) == 0
     assert "no differences" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tool", ["convert", "merge"])
+def test_what_stands_in_a_job_is_still_one_process(tmp_path, tool):
+    """A cluster that starts containers with RANK and WORLD_SIZE means its training: nobody else comes to meet this process."""
+    (tmp_path / "empty").mkdir()
+    merge = [ROOT / "tools/merge_lora.py", "--checkpoint", tmp_path / "empty", "--output", tmp_path / "out"]
+    words = [TOOL, "verify", tmp_path / "empty", tmp_path / "empty"] if tool == "convert" else merge
+    job = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, *words], env=environment() | job, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path / 'empty'} "), done.stderr
 
 
 def test_dry_runs_write_nothing(tmp_path, capsys):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything runs in host memory: before the first import of torch
+os.environ.pop("RANK", None)  # of a job that this is started in: it is one process by itself, and would wait for the others
 
 HELP = """
 Convert checkpoints: Hugging Face's layouts and Megatron's distributed checkpoints, both ways, without a GPU.

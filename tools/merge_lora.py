@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # full tensors in host memory: before the first import of torch
+os.environ.pop("RANK", None)  # of a job that this is started in: it is one process by itself, and would wait for the others
 
 HELP = """
 Merge the adapters (LoRA) of a checkpoint into its weights, or export them for PEFT.
