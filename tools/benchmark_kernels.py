@@ -80,7 +80,7 @@ SWEEP = {
     "take_rows": [("rows", "COLUMNS", (512, 1024, 2048, 4096))],
     "place_rows": [("rows", "COLUMNS", (512, 1024, 2048, 4096))],
     "rms_norm": [("rms_norm", "BACKWARD_PROGRAMS", (512, 1024, 2048))],
-    "layer_norm": [("layer_norm", "BACKWARD_PROGRAMS", (512, 1024, 2048))],
+    "layer_norm": [("layer_norm", "TILE_VALUES", (2048, 4096, 8192, 16384)), ("layer_norm", "BACKWARD_PROGRAMS", (256, 512, 1024, 2048))],
     "swiglu": [("swiglu", "COLUMNS", (512, 1024, 2048, 4096))],
     "cross_entropy": [("cross_entropy", "COLUMNS", (4096, 8192, 16384))],
 }
