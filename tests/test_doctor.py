@@ -37,6 +37,7 @@ def findings(done: subprocess.CompletedProcess) -> dict[str, list[dict]]:
 def test_one_host_with_a_low_limit_a_missing_folder_and_a_broken_package(tmp_path: Path) -> None:
     package = tmp_path / "transformer_engine" / "pytorch"
     package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()  # or one that is installed would be found before
     (package / "__init__.py").write_text("raise ImportError('undefined symbol: built for another torch')")
     path = f"{tmp_path}:{environment()['PYTHONPATH']}"
     words = ["bash", "-c", LIMITS, "bash", *DOCTOR, "--json", "--path", tmp_path, tmp_path / "nowhere"]

@@ -88,12 +88,20 @@ def _distributions() -> list[tuple[str, str]]:
 
 
 def code_commit() -> str | None:
-    """The last commit that changed the package or the tools, not their results; None where git knows of none."""
+    """The last commit that changed the package or the tools, not their results; None where git knows of none.
+
+    "HASH and changes" if files differ from it.
+    """
     root, git = Path(__file__).parents[1], shutil.which("git")
     if git is None or not (root / ".git").exists():  # a copy inside another project's tree must not take that one's commit
         return None
-    words = [git, "rev-list", "-1", "HEAD", "--", "megatron_longvila", "tools", ":!tools/benchmark_results"]
-    return subprocess.run(words, cwd=root, capture_output=True, text=True).stdout.strip() or None
+    paths = ["--", "megatron_longvila", "tools", ":!tools/benchmark_results"]
+
+    def run(*words: str) -> str:
+        return subprocess.run([git, *words, *paths], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    commit = run("rev-list", "-1", "HEAD")
+    return f"{commit} and changes" if commit and run("status", "--porcelain") else commit or None
 
 
 def this_run(tool: str) -> dict[str, str | None]:

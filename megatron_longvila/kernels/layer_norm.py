@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values that a program has in its registers at once, as whole rows: narrow rows alone would leave it waiting for memory.
-TILE_VALUES = 8192
+# Values that a program has in its registers at once, as whole rows. Four times as many take 1.4 times as long forward and 3.6 times as
+# long backward at SigLIP's width, whose rows come one to a program (tools/benchmark_results/layer_norm_sizes_h200.json).
+TILE_VALUES = 2048
 # Programs of the backward pass at most: each sums the gradients of weight and bias over its rows and writes an fp32 line of D values each.
 BACKWARD_PROGRAMS = 1024
 
