@@ -24,4 +24,7 @@ def test_the_commit_and_changes_to_it(tmp_path):
     assert tool.code_commit() == commit
     with open(copy, "a") as file:
         file.write("# changed\n")
-    assert tool.code_commit() == f"{commit} and changes"
+    changed = tool.code_commit()
+    assert changed.startswith(f"{commit} and changes ")
+    (tmp_path / "tools" / "new.py").write_text("# new\n")
+    assert tool.code_commit() not in (changed, commit)

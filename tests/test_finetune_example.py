@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -48,6 +49,13 @@ def test_a_model_that_was_not_proved_is_not_trained(run) -> None:
     assert run(fails="verify") == (1, ["verify"])
     assert run() == (0, ["verify", "preprocess", "train", "export", "verify"])
     assert run() == (0, ["preprocess", "train", "export", "verify"])
+
+
+def test_another_import_is_proved_again(run, tmp_path: Path) -> None:
+    assert run(fails="preprocess") == (1, ["import", "verify", "preprocess"])
+    shutil.rmtree(tmp_path / "output/imported")
+    assert run(fails="verify") == (1, ["import", "verify"])
+    assert run(fails="verify") == (1, ["verify"])
 
 
 def test_half_a_training_is_not_exported(run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform as python_platform
@@ -90,7 +91,7 @@ def _distributions() -> list[tuple[str, str]]:
 def code_commit() -> str | None:
     """The last commit that changed the package or the tools, not their results; None where git knows of none.
 
-    "HASH and changes" if files differ from it.
+    "HASH and changes ..." if files differ from it, with a digest of the difference.
     """
     root, git = Path(__file__).parents[1], shutil.which("git")
     if git is None or not (root / ".git").exists():  # a copy inside another project's tree must not take that one's commit
@@ -98,10 +99,14 @@ def code_commit() -> str | None:
     paths = ["--", "megatron_longvila", "tools", ":!tools/benchmark_results"]
 
     def run(*words: str) -> str:
-        return subprocess.run([git, *words, *paths], cwd=root, capture_output=True, text=True).stdout.strip()
+        return subprocess.run([git, *words, *paths], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
-    commit = run("rev-list", "-1", "HEAD")
-    return f"{commit} and changes" if commit and run("status", "--porcelain") else commit or None
+    commit, changed = run("rev-list", "-1", "HEAD"), run("status", "--porcelain", "--untracked-files=all")
+    if not commit or not changed:
+        return commit or None
+    new = [root / line[3:] for line in changed.splitlines() if line.startswith("?? ")]
+    difference = run("diff", "HEAD").encode() + b"".join(path.read_bytes() for path in new)
+    return f"{commit} and changes {hashlib.sha256(difference).hexdigest()[:8]}"
 
 
 def this_run(tool: str) -> dict[str, str | None]:

@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error))
     except OSError as error:
-        return _fail(f"{error.strerror or error}: {error.filename or ''}; nothing half-written was left")
+        what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        return _fail(f"{what}; nothing half-written was left")
     except KeyboardInterrupt:
         return _fail("stopped; nothing half-written was left")
 

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.peft_output is not None:
             names = export_peft(arguments.checkpoint, arguments.peft_output)
             print(f"exported {len(names)} tensors as a PEFT adapter: {arguments.peft_output}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     add("input", type=Path, required=True, nargs="+", metavar="PATH", help="files, or folders of them")
     add("tokenizer", type=Path, required=True, metavar="PATH", help="SentencePiece .model file or Hugging Face tokenizer folder")
     add("output", type=Path, required=True, metavar="DIR", help="folder of the dataset; made if missing, continued if started")
+    add(
+        "share",
+        type=_file_share,
+        default=(0, 1),
+        metavar="I/N",
+        help="only every N-th input file, from number I (0, 1, ...) on: for an array of jobs",
+    )
     add("context_length", type=_count(2), required=True, metavar="N", help="tokens of a row")
     add(
         "end_of_document",
@@ -108,6 +115,13 @@ def _share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
     return value
+
+
+def _file_share(text: str) -> tuple[int, int]:
+    place, _, count = text.partition("/")
+    if not (place.isdecimal() and count.isdecimal() and int(place) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N - 1")
+    return int(place), int(count)
 
 
 def _fraction(text: str) -> float:

@@ -14,6 +14,7 @@ python=${PYTHON:-python}
 convert=("$python" "$root/tools/convert_checkpoint.py")
 
 if [ ! -e "$output/imported/complete.json" ]; then
+  rm -f "$output/verified" # it was about another import
   "${convert[@]}" import "$model" "$output/imported"
 fi
 if [ ! -e "$output/verified" ]; then # a mark of its own: what was not proved is not passed over the next time

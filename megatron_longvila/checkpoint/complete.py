@@ -16,8 +16,8 @@ _HASHED_BYTES = 16 << 20  # larger files are checked by size alone: reading all 
 
 def find_steps(root: Path) -> dict[int, Path]:
     """The checkpoints of a run by step, in order. A copy that somebody keeps beside them, under another name, is none of them."""
-    found = {int(match[1]): path for path in root.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))}
-    return dict(sorted(found.items()))
+    found = {int(match[1]): path for path in root.glob("step_*") if (match := re.fullmatch(r"step_([0-9]{7,})", path.name))}
+    return dict(sorted((step, path) for step, path in found.items() if path.name == f"step_{step:07d}"))
 
 
 def find_leftovers(root: Path) -> list[Path]:

@@ -71,12 +71,17 @@ class Refused(NamedTuple):
     detail: str = ""
 
 
-def list_pieces(inputs: Sequence[Path], piece_bytes: int = PIECE_BYTES) -> tuple[list[Piece], int]:
+def list_pieces(inputs: Sequence[Path], piece_bytes: int = PIECE_BYTES, share: tuple[int, int] = (0, 1)) -> tuple[list[Piece], int]:
     """All pieces of the input files in a fixed order, and the number of files in input folders that are of no known format.
 
+    Args:
+        share: (place, count), the files number `place`, `place + count`, ... alone.
+
     Raises:
-        ValueError: an input that does not exist, is of no known format, holds no file, or is named twice.
+        ValueError: an input that does not exist, is of no known format, holds no file, or is named twice; a share without a file.
+        OSError: a folder cannot be listed.
     """
+    place, count = share
     pieces: list[Piece] = []
     seen: dict[str, Path] = {}
     ignored = 0
@@ -93,6 +98,8 @@ def list_pieces(inputs: Sequence[Path], piece_bytes: int = PIECE_BYTES) -> tuple
             if real in seen:
                 raise ValueError(f"--input {root} and {seen[real]} both hold {real}; name it once (--long_share repeats long documents)")
             seen[real] = root
+            if (len(seen) - 1) % count != place:
+                continue
             label = path.name if root.is_file() else f"{root.name}/{path.relative_to(root).as_posix()}"
             source = root.name.split(".", 1)[0] if root.is_file() else root.name
             status = path.stat()
@@ -102,13 +109,23 @@ def list_pieces(inputs: Sequence[Path], piece_bytes: int = PIECE_BYTES) -> tuple
                 Piece(str(path.parent.resolve() / path.name), label, source, size, status.st_mtime_ns, start, min(start + step, size))
                 for start in range(0, max(1, size), step)
             ]
+    if not pieces:
+        raise ValueError(f"--input holds {len(seen)} files, so that share {place}/{count} has none; make fewer shares")
     return pieces, ignored
 
 
 def find_files(root: Path) -> list[Path]:
-    """All files below a folder, sorted. Links to folders are followed, each folder once: chunks of a set may lie on several disks."""
+    """All files below a folder, sorted. Links to folders are followed, each folder once: chunks of a set may lie on several disks.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     found, entered = [], set()
-    for folder, names, files in os.walk(root, followlinks=True):
+    for folder, names, files in os.walk(root, onerror=fail, followlinks=True):
         real = os.path.realpath(folder)
         if real in entered:
             names.clear()

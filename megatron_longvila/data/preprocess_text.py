@@ -43,6 +43,7 @@ class Options:
         long_fraction: documents of more than this fraction of context_length are long, unless
         long_tokens: says from where on they are.
         num_rows: rows to write, fewer than there are; 0 for all.
+        share: (place, count): only the input files number place, place + count, ...
         documents: folder of the tokenised input; None for `documents` below the output. Runs that share it tokenise once.
     """
 
@@ -60,6 +61,7 @@ class Options:
     num_rows: int = 0
     seed: int = 0
     num_workers: int = 4
+    share: tuple[int, int] = (0, 1)
     documents: Path | None = None
 
     @property
@@ -100,7 +102,7 @@ def preprocess_text(options: Options, progress: Progress = lambda iterable, *_: 
     try:
         tokenizer = load_tokenizer(options.tokenizer)
         end_name, end_id = find_end(options.end_of_document, tokenizer)
-        pieces, ignored = list_pieces(options.inputs)
+        pieces, ignored = list_pieces(options.inputs, share=options.share)
     except ValueError as error:
         raise PreprocessError(str(error)) from None
     with ExitStack() as locks:

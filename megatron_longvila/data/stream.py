@@ -222,7 +222,9 @@ class VideoStream:
         if not pts:
             raise MediaError("has a video track without a single packet")
         # AVI has no presentation stamps: with B-frames its packets' times are those of other frames
-        if self.extension == "avi" or None in pts or len(set(pts)) < len(pts) or not key_stamps or starts_again(np.array(pts), key_stamps):
+        if self.extension == "avi" or None in pts or len(set(pts)) < len(pts) or not key_stamps:
+            return self._count_by_decoding()
+        if starts_again(np.array(pts, np.int64), np.array(shown), key_stamps):
             return self._count_by_decoding()
         timeline = from_packets(np.array(pts, np.int64), np.array(shown), key_stamps, 0.0)
         if not timeline.num_frames:

@@ -57,11 +57,12 @@ def counted(num_frames: int, duration_s: float) -> Timeline:
     return Timeline(np.arange(num_frames), none, none, duration_s, np.empty(0, np.int64), {})
 
 
-def starts_again(pts_P: np.ndarray, key_stamps: dict[int, tuple[int, int | None]]) -> bool:
+def starts_again(pts_P: np.ndarray, is_shown_P: np.ndarray, key_stamps: dict[int, tuple[int, int | None]]) -> bool:
     """Whether the stamps begin anew within the stream, as where recordings were put one after the other: of one recording, all that comes
-    before a keyframe is shown before it."""
-    latest_P = np.maximum.accumulate(pts_P)
-    keys_K = np.array([position for position in key_stamps if position], np.int64)
+    before a keyframe is shown before it. Hidden packets do not count: where a second edit begins between keyframes, the one before it is
+    hidden and has a stamp from before the first edit's end."""
+    latest_P = np.maximum.accumulate(np.where(is_shown_P, pts_P, np.iinfo(np.int64).min))
+    keys_K = np.array([position for position in key_stamps if position and is_shown_P[position]], np.int64)
     return bool((latest_P[keys_K - 1] >= pts_P[keys_K]).any())
 
 
@@ -115,4 +116,6 @@ def unpack(data: bytes) -> Timeline:
     dts_K = [None if stamp == _NO_DTS else stamp for stamp in np.frombuffer(dts, "<i8").tolist()]
     key_stamps = {position: (int(pts_P[position]), stamp) for position, stamp in zip(keys_K.tolist(), dts_K, strict=True)}
     is_shown_P = np.unpackbits(np.frombuffer(hidden, np.uint8), count=num_packets) == 0
+    if starts_again(pts_P, is_shown_P, key_stamps):  # earlier versions stored such
+        raise MediaError("has a stored timeline that mixes recordings put one after the other; preprocess it again")
     return from_packets(pts_P, is_shown_P, key_stamps, duration_s)

@@ -43,13 +43,12 @@ class SwiGLU(torch.nn.Module):
         return {}
 
 
-def local_layer(norm: type | ModuleSpec, core_attention: Callable, mask: AttnMaskType) -> ModuleSpec:
-    """Pre-norm layer on Megatron's own linears. Sharded names equal Transformer Engine's, so that checkpoints fit both kinds.
+def local_layer(norm: type | ModuleSpec, core_attention: Callable, mask: AttnMaskType, biased: bool) -> ModuleSpec:
+    """Pre-norm layer on Megatron's own linears, or on those that add their biases themselves.
 
-    The vision tower's linears all have biases, which they add themselves; the decoder's only one is its attention's to add.
+    Sharded names equal Transformer Engine's, so that checkpoints fit both kinds.
     """
-    vision = mask is AttnMaskType.no_mask
-    column, row = (BiasedColumnParallelLinear, BiasedRowParallelLinear) if vision else (ColumnParallelLinear, RowParallelLinear)
+    column, row = (BiasedColumnParallelLinear, BiasedRowParallelLinear) if biased else (ColumnParallelLinear, RowParallelLinear)
     attention = SelfAttentionSubmodules(linear_qkv=column, core_attention=core_attention, linear_proj=row)
     return ModuleSpec(
         module=TransformerLayer,
@@ -95,6 +94,7 @@ def block_spec(
     lora: LoraConfig | None = None,
     kernels: Kernels | None = None,
     fuse_attention: bool = False,
+    biased: bool = False,
 ) -> TransformerBlockSubmodules:
     """`num_layers` equal layers and their final norm.
 
@@ -105,8 +105,9 @@ def block_spec(
         lora: adapters beside the attention's linears.
         kernels: what runs between the MLP's linears; None: the function that Megatron's configuration names.
         fuse_attention: take these kernels also between the attention's projection and its all-to-all.
+        biased: all linears of `local` layers have biases, which they add themselves.
     """
-    layer = te_layer(core_attention, mask) if layers == "te" else local_layer(norm, core_attention, mask)
+    layer = te_layer(core_attention, mask) if layers == "te" else local_layer(norm, core_attention, mask, biased)
     if lora is not None:
         adapt(layer.submodules.self_attention.submodules, lora)
     if kernels is not None:

@@ -80,7 +80,7 @@ class SiglipTower(MegatronModule):
             torch.nn.init.constant_(parameter, float("nan"))
         norm = ModuleSpec(module=LayerNorm, params={"kernels": get_kernels(config.model.kernels, platform.device())})
         attention = partial(FullAttention, num_patches=vision.grid_size**2)
-        spec = block_spec(config.model.layers, vision.built_layers, norm, attention, AttnMaskType.no_mask)
+        spec = block_spec(config.model.layers, vision.built_layers, norm, attention, AttnMaskType.no_mask, biased=True)
         self.encoder = TransformerBlock(self.config, spec, post_layer_norm=False, pg_collection=groups.pg)
 
     def forward(self, pixels_FCSS: Tensor) -> Tensor:

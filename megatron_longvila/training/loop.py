@@ -119,7 +119,7 @@ def build_run(config: Config, pulse: Pulse | None = None) -> Run:
         held_out = [open_dataset(path) for path in config.data.evaluation]
         evaluation = open_loader(held_out, evaluation=True)
 
-    scheduler = build_scheduler(optimizer, config, loader.num_steps)
+    scheduler = build_scheduler(optimizer, config, None)
     state = TrainingState(model, optimizer, scheduler, loader, totals)
     first_step = checkpoints.resume(state, newest) if newest is not None else 0
     steps = (loader.total_steps(first_step), first_step)

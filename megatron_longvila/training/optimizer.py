@@ -118,15 +118,23 @@ def warmup_steps(config: Config, total_steps: int) -> int:
     return steps
 
 
-def build_scheduler(optimizer: MegatronOptimizer, config: Config, total_steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then cosine to min_lr at the last step, or constant. Counted in steps; weight decay is constant."""
+def build_scheduler(optimizer: MegatronOptimizer, config: Config, total_steps: int | None) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then cosine to min_lr at the last step, or constant. Counted in steps; weight decay is constant.
+
+    Args:
+        total_steps: None where `set_length` will say it, before the first step.
+
+    Raises:
+        ValueError: see `warmup_steps`.
+    """
     settings = config.optimizer
+    warmup, total_steps = (0, 1) if total_steps is None else (warmup_steps(config, total_steps), total_steps)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=warmup_steps(config, total_steps),
+        lr_warmup_steps=warmup,
         lr_decay_steps=total_steps,
         lr_decay_style=settings.schedule,
         start_wd=settings.weight_decay,
@@ -139,7 +147,11 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config, total_steps: i
 
 
 def set_length(scheduler: OptimizerParamScheduler, config: Config, total_steps: int) -> None:
-    """Let a schedule end at step `total_steps`, which a resumed run knows only when its data position is loaded."""
+    """Let a schedule end at step `total_steps`, which a resumed run knows only when its data position is loaded.
+
+    Raises:
+        ValueError: see `warmup_steps`.
+    """
     scheduler.lr_warmup_steps, scheduler.lr_decay_steps = warmup_steps(config, total_steps), total_steps
 
 

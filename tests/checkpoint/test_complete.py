@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -20,6 +21,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _lists_the_same(one: bytes, other: bytes) -> bool:
+    """Whether a changed mark still lists the same files: the version and white space do not matter."""
+    try:
+        return json.loads(one)["files"] == json.loads(other)["files"]
+    except (ValueError, KeyError):
+        return False
+
+
 def test_any_flipped_bit_of_the_mark(folder: Path) -> None:
     mark = folder / "complete.json"
     good = mark.read_bytes()
@@ -27,7 +36,7 @@ def test_any_flipped_bit_of_the_mark(folder: Path) -> None:
         for bit in (0, 7):
             mark.write_bytes(good[:place] + bytes([good[place] ^ (1 << bit)]) + good[place + 1 :])
             damage = complete.find_damage(folder)
-            assert bit == 0 or "complete.json cannot be read" in damage, (place, damage)  # the last bit of a space may mean nothing
+            assert (damage is None) == _lists_the_same(good, mark.read_bytes()), (place, bit, damage)
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '{"files": []}', '{"files": {"common.pt": 100}}', '{"files": {"common.pt": {}}}'])

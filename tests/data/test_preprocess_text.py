@@ -1,5 +1,6 @@
 """tools/preprocess_text.py: what is a document, what is refused and why, which documents are drawn, and that a kill costs only time."""
 
+import errno
 import functools
 import json
 import os
@@ -216,6 +217,35 @@ def test_linked_folders_are_searched_once(words, tmp_path):
     (tmp_path / "train" / "gone.jsonl").symlink_to("nowhere")
     report = preprocess_text(options([tmp_path / "train"], words, tmp_path / "out"))
     assert (report.accepted, report.rejected, report.ignored_files) == (3, 0, 0)
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+    write_file(tmp_path / "train" / "chunk" / "a.jsonl", b"{}")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("chunk"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match="chunk"):
+        list_pieces([tmp_path / "train"])
+
+
+def test_shares_are_the_whole_and_meet_nowhere(words, tmp_path):
+    for number in range(5):
+        write_file(tmp_path / "train" / f"{number}.jsonl", pack_lines([{"text": text(number, 4)}] * 3))
+    write_file(tmp_path / "train" / "README.md", b"")
+    one = write_file(tmp_path / "one.txt", text(9, 4).encode())
+    whole = list_pieces([tmp_path / "train", one])[0]
+    parts = [list_pieces([tmp_path / "train", one], share=(place, 4))[0] for place in range(4)]
+    assert [len(part) for part in parts] == [2, 2, 1, 1] and sorted(sum(parts, []), key=whole.index) == whole
+    assert {piece.source for piece in parts[0]} == {"train"}
+    with pytest.raises(ValueError, match="holds 6 files, so that share 6/7 has none; make fewer shares"):
+        list_pieces([tmp_path / "train", one], share=(6, 7))
+    reports = [preprocess_text(options([tmp_path / "train"], words, tmp_path / f"out{n}", share=(n, 2))) for n in range(2)]
+    assert [report.accepted for report in reports] == [9, 6]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 
 import av
 import numpy as np
@@ -54,6 +55,48 @@ def test_the_same_frames_without_reading_the_packet_list(name, monkeypatch):
         assert not status.any()
     with VideoStream(data, Deadline(None), DEFAULT_LIMITS, unpack(facts.timeline)) as stream:
         assert (stream.timeline.num_frames, stream.timeline.duration_s) == (facts.num_frames, facts.duration_s)
+
+
+def with_edits(data: bytes, edits: list[tuple[int, int]]) -> bytes:
+    """An MP4 that shows (duration in the movie's time, start in the medium's time) one after the other."""
+    body = struct.pack(">II", 0, len(edits)) + b"".join(struct.pack(">IiI", *edit, 1 << 16) for edit in edits)
+
+    def rebuilt(boxes: bytes, path: tuple[str, ...]) -> bytes:
+        out, place = b"", 0
+        while place < len(boxes):
+            size, kind = struct.unpack_from(">I4s", boxes, place)
+            inside = boxes[place + 8 : place + size]
+            if kind.decode() == path[0]:
+                inside = rebuilt(inside, path[1:]) if path[1:] else body
+            out += struct.pack(">I4s", len(inside) + 8, kind) + inside
+            place += size
+        return out
+
+    return rebuilt(data, ("moov", "trak", "edts", "elst"))  # moov stands behind the samples, whose places stay the same
+
+
+def test_a_second_edit_between_keyframes():
+    """Its hidden keyframe has a stamp from before the first edit's end: that is no second recording."""
+    data = video_bytes(range(40), options={"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=0:threads=1"})
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        frame = int(1 / stream.average_rate / stream.time_base)
+        milliseconds = float(1000 / stream.average_rate)
+    edited = with_edits(data, [(round(15.5 * milliseconds), 0), (round(10 * milliseconds), 20 * frame)])
+    with av.open(io.BytesIO(edited)) as container:
+        shown = [read_number(one.to_ndarray(format="rgb24")) for one in container.decode(video=0)]
+    assert shown[:17] == [*range(16), 20]
+    facts = probe(edited)
+    assert facts.timeline and facts.num_frames == len(shown)
+    assert [read_number(one) for one in decode_frames(edited, list(range(len(shown))), image_size=64)[0]] == shown
+
+
+def test_a_stored_timeline_of_mixed_recordings_is_refused():
+    """As stored by versions that sorted the frames of several by their stamps."""
+    pts = np.array([0, 1, 2, 3, 0, 1, 2, 3]) + np.array([0] * 4 + [2] * 4) * 0.5
+    mixed = from_packets((pts * 2).astype(np.int64), np.ones(8, bool), {0: (0, 0), 4: (2, 2)}, 4.0)
+    with pytest.raises(MediaError, match="mixes recordings put one after the other; preprocess it again"):
+        unpack(pack(mixed))
 
 
 @pytest.mark.parametrize("name", ["mp4", "open groups", "hevc"])

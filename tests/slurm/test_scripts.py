@@ -259,21 +259,14 @@ def test_a_container_is_put_around_python_on_every_node(runtime: str, tmp_path: 
         assert (first, second) == (f"srun --overlap --nodes=1 --ntasks=1 {around} python here", f"srun {around} there")
 
 
-def test_an_array_takes_the_files_of_folders_that_the_tool_takes(tmp_path: Path) -> None:
-    """A task without a cluster, with a stand-in for python: what lies beside the texts of a folder would be refused if it were named."""
-    (tmp_path / "texts/more").mkdir(parents=True)
-    for name in ("a b.jsonl", "c.txt", "d.jsonl.zst", "more/e.txt.gz", "README.md", "more/SHA256SUMS", ".part.txt.tmp"):
-        (tmp_path / "texts" / name).write_text("x")
-    (tmp_path / "odd.md").write_text("x")
+def test_each_task_of_a_text_array_is_given_its_share(tmp_path: Path) -> None:
+    """A task without a cluster, with a stand-in for python: the tool finds and deals out the files, whatever links and names there are."""
     (tmp_path / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     (tmp_path / "python").chmod(0o755)
     settings = {"SLURM_JOB_ID": 7, "SLURM_SUBMIT_DIR": ROOT, "LONGVILA_PYTHON": tmp_path / "python", "SLURM_ARRAY_TASK_COUNT": 2}
-    words = (SLURM / "preprocess.sbatch", "text", f"{tmp_path}/texts {tmp_path}/odd.md", tmp_path / "out")
-    taken = []
-    for task in range(2):
-        done = bash(*words, SLURM_ARRAY_TASK_MIN=0, SLURM_ARRAY_TASK_ID=task, **settings)
+    words = (SLURM / "preprocess.sbatch", "text", "/data/texts /data/odd.jsonl", tmp_path / "out")
+    for task in (3, 4):
+        done = bash(*words, SLURM_ARRAY_TASK_MIN=3, SLURM_ARRAY_TASK_ID=task, **settings)
         assert done.returncode == 0, done.stderr
-        taken.append(done.stdout.partition("--input\n")[2].partition("\n--output")[0].splitlines())
-    assert [len(part) for part in taken] == [3, 2]
-    named = [str(tmp_path / "texts" / name) for name in ("a b.jsonl", "c.txt", "d.jsonl.zst", "more/e.txt.gz")]
-    assert sorted(sum(taken, [])) == sorted([*named, str(tmp_path / "odd.md")])
+        given = done.stdout.partition("--input\n")[2].splitlines()
+        assert given[:6] == ["/data/texts", "/data/odd.jsonl", "--share", f"{task - 3}/2", "--output", f"{tmp_path}/out/part_000{task - 3}"]

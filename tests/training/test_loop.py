@@ -173,11 +173,14 @@ def test_epochs_decide_the_steps(make_config) -> None:
     assert [(line["step"], line["loss"]) for line in read(thinned)] == [(line["step"], line["loss"]) for line in kept]
 
 
-@pytest.mark.parametrize("rows_of_a_step,done,total", [(1, 2, 8), (4, 2, 4), (4, 5, 5)])
-def test_epochs_end_at_their_last_row_whatever_the_batch_was(rows_of_a_step: int, done: int, total: int, make_config) -> None:
-    """Ten rows, two a step, continued from step `done` with another batch: the schedule and the summary know the new number of steps."""
+@pytest.mark.parametrize("rows_of_a_step,done,total,warmup", [(1, 2, 8, 1), (4, 2, 4, 1), (4, 5, 5, 1), (4, 4, 5, 3)])
+def test_epochs_end_at_their_last_row_whatever_the_batch_was(rows_of_a_step: int, done: int, total: int, warmup: int, make_config) -> None:
+    """Ten rows, two a step, continued from step `done` with another batch: the schedule and the summary know the new number of steps.
+
+    So does the check of the warm-up: ten rows by four alone would be three steps, all of them warm-up.
+    """
     config = make_config(steps=0, training={"epochs": 2}, checkpoint={"save_interval": 1, "keep_last": 5})
-    config = replace(config, optimizer=replace(config.optimizer, warmup_steps=1))
+    config = replace(config, optimizer=replace(config.optimizer, warmup_steps=warmup))
     run_ranks(run_training, 1, config)
     whole = [row for line in read(config) for row in line["sample_ids"]]
     assert len(whole) == 10
@@ -187,7 +190,7 @@ def test_epochs_end_at_their_last_row_whatever_the_batch_was(rows_of_a_step: int
     lines = read(config)
     assert [row for line in lines for row in line["sample_ids"] if row] == whole
     assert [line["step"] for line in lines] == list(range(1, total + 1))
-    assert lines[-1]["lr"] == pytest.approx(0.005 * (1 + math.cos(math.pi * (total - 2) / (total - 1))))
+    assert lines[-1]["lr"] == pytest.approx(0.005 * (1 + math.cos(math.pi * (total - 1 - warmup) / (total - warmup))))
     assert (summary(config)["steps"], summary(config)["checkpoint"]) == (total, f"checkpoints/step_{total:07d}")
 
 
