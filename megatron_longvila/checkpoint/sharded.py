@@ -27,15 +27,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longvila import config_io, platform
-from megatron_longvila.checkpoint.complete import (
-    VERSION,
-    find_damage,
-    find_leftovers,
-    find_steps,
-    mark_complete,
-    sync_folder,
-    write_text,
-)
+from megatron_longvila.checkpoint.complete import VERSION, find_damage, find_leftovers, find_steps, mark_complete, sync_folder, write_text
 from megatron_longvila.checkpoint.origin import PASSENGERS, TOKENS, copy_travellers, describe_origin
 from megatron_longvila.checkpoint.space import checkpoint_bytes, explain, require_space
 from megatron_longvila.config import Config, LoraConfig, ModelConfig
@@ -347,7 +339,10 @@ def save_weights(
 def _meaning(model: ModelConfig) -> dict[str, Any]:
     """Fields that no weight's shape shows (or shows too late) and without which the weights are another model."""
     lora = replace(model.lora, targets=sorted(model.lora.targets)) if model.lora.rank else LoraConfig()
-    return {"lora": lora, "llm.rotary_base": model.llm.rotary_base, "llm.rope_scaling": model.llm.rope_scaling}
+    llm = ("rotary_base", "rope_scaling", "norm_epsilon", "num_attention_heads", "num_query_groups", "head_dim")
+    vision = ("num_attention_heads", "layernorm_epsilon")
+    found = {"lora": lora} | {f"llm.{name}": getattr(model.llm, name) for name in llm}
+    return found | {f"vision.{name}": getattr(model.vision, name) for name in vision}
 
 
 def _name(step: int) -> str:

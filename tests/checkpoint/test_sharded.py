@@ -20,6 +20,7 @@ from megatron_longvila.config import (
     ParallelConfig,
     RopeScaling,
     TrainingConfig,
+    VisionConfig,
 )
 from ranks import RankError, run_ranks
 
@@ -261,6 +262,9 @@ def test_other_trained_parts_are_refused(tmp_path: Path) -> None:
         ({"lora": LoraConfig(3, 16.0, ["q", "v"])}, "model.lora was .*rank=2.* and is .*rank=3.*merge_lora"),
         ({"llm": LLMConfig(rotary_base=5e5)}, "model.llm.rotary_base was 1000000.0 and is 500000.0 now"),
         ({"llm": LLMConfig(rope_scaling=RopeScaling("linear", 4.0))}, "model.llm.rope_scaling was None and is RopeScaling"),
+        ({"llm": LLMConfig(norm_epsilon=1e-4)}, r"model.llm.norm_epsilon was 1e-06 and is 0\.0001 now"),
+        ({"llm": LLMConfig(num_attention_heads=56, num_query_groups=8, head_dim=64)}, "model.llm.num_attention_heads was .* and is 56 now"),
+        ({"vision": VisionConfig(num_attention_heads=8)}, "model.vision.num_attention_heads was 16 and is 8 now"),
     ],
 )
 def test_another_model_of_the_same_shape_is_refused(change: dict, message: str, tmp_path: Path) -> None:
