@@ -85,7 +85,9 @@ def diagnose(
     signals = read_signals(log) if log is not None else {}
     own = {rank: record for rank, record in failures.items() if not is_echo(record)}
     causes = [describe_exception(rank, record) for rank, record in own.items()]
-    aborted = [rank for rank, record in seen.items() if gave_up_waiting(record, stalls.get(rank), signals)]
+    aborted = [
+        rank for rank, record in seen.items() if gave_up_waiting(record, stalls.get(rank), signals) or ended_by_launcher(record, signals)
+    ]
     for rank, record in seen.items():
         slow = record["cause"] == "stuck" and rank in failures  # not stuck: it could still speak
         if rank not in own and not slow and rank not in aborted:
@@ -128,6 +130,11 @@ def gave_up_waiting(record: dict[str, Any], stall: dict[str, Any] | None, signal
     """Whether a lost rank was ended by NCCL's watchdog, which aborts a process that waits too long, without an exception."""
     number = record["cause"] == "lost" and (record["signal"] or signals.get(record["pid"]))
     return number == signal.SIGABRT and stall is not None and stall["waits_in"] is not None
+
+
+def ended_by_launcher(record: dict[str, Any], signals: dict[int, int]) -> bool:
+    """Whether a lost rank died of SIGTERM: torchrun sends it to the ranks that are left when one has failed."""
+    return record["cause"] == "lost" and (record["signal"] or signals.get(record["pid"])) == signal.SIGTERM
 
 
 def read_signals(log: Path) -> dict[int, int]:

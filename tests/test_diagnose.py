@@ -58,7 +58,7 @@ def test_the_first_own_exception_is_the_cause(write, tmp_path):
     lines = text.splitlines()
     assert code == FINAL and lines[0] == "host node0, rank 1: KeyError: 'y'"
     assert "step 7, phase step, samples clip-1" in lines[1] and lines[2] == "Traceback of rank 1"
-    assert "also host node1, rank 3: KeyError: 'x'" in lines and "rank 0 lost touch and ended because of it" in lines
+    assert "also host node1, rank 3: KeyError: 'x'" in lines and "ranks 0, 2 lost touch and ended because of it" in lines
 
 
 def test_a_rank_lost_to_a_signal_is_the_cause_of_what_follows(write, tmp_path):
@@ -104,6 +104,18 @@ def test_a_rank_that_nccl_aborts_while_it_waits_is_not_the_cause(write, tmp_path
     assert code == RESTARTABLE and text.startswith("host node0, rank 0: killed by signal 6 (SIGABRT)")
     write("stall", 3, 9, waits_in=None, since_s=START_S + 1, stack="")  # it aborted in its own work
     assert diagnose(tmp_path, START_S, log=tmp_path / "log")[1].startswith("host node1, rank 3: killed by signal 6 (SIGABRT)")
+
+
+def test_ranks_that_torchrun_ends_are_not_the_cause(write, tmp_path):
+    """They may get its SIGTERM before they notice that a peer has gone."""
+    write("seen", 0, 9, cause="lost", signal=None, exit_code=0)
+    write("seen", 1, 11, cause="lost", signal=9, exit_code=0)
+    (tmp_path / "log").write_text("Signal 15 (SIGTERM) received by PID 100")
+    code, text = diagnose(tmp_path, START_S, log=tmp_path / "log")
+    assert code == RESTARTABLE and text.startswith("host node0, rank 1: killed by signal 9 (SIGKILL)")
+    assert "rank 0 lost touch and ended because of it" in text and "SIGTERM" not in text
+    record_path(tmp_path, "seen", 1).unlink()  # nothing else is known
+    assert diagnose(tmp_path, START_S, log=tmp_path / "log")[1].startswith("host node0, rank 0: killed by signal 15 (SIGTERM)")
 
 
 def test_an_exception_comes_before_what_was_only_guessed(write, tmp_path):
