@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -120,8 +121,8 @@ def test_a_stopped_rank_is_named_before_the_job_falls(data: Path, tmp_path: Path
     code, said = diagnose(output, since_s, text)
     first, *rest = said.splitlines()
     assert code == 10 and "rank 1: stopped, process state T (stopped)" in first, said
-    waits = next(line for line in rest if "rank 0 waited in " in line)
-    assert "megatron_longvila/" in waits or "megatron/core/" in waits, said  # the collective and who called it
+    # The collective and who called it, in the step or in a save.
+    assert any(re.search(r"rank 0 waited in \w+ at \S+\.py:\d+ in \w+ for \d+ s", line) for line in rest), said
     assert "does not go on: state T (stopped)" in text and text.index("does not go on") < text.index("is killed: its peers")
     if shutil.which("py-spy", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
         assert "train_step (megatron_longvila/training/loop.py" in said or "fit (megatron_longvila/training/loop.py" in said
