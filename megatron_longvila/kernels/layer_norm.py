@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_longvila.kernels.rms_norm import warps
+
 # Values that a program has in its registers at once, as whole rows. Four times as many take 1.4 times as long forward and 3.6 times as
 # long backward at SigLIP's width, whose rows come one to a program (tools/benchmark_results/layer_norm_sizes_h200.json).
 TILE_VALUES = 2048
@@ -67,10 +69,10 @@ def _backward_kernel(
 
 
 def _tile(width: int) -> dict[str, int]:
-    """Whole rows of one program, and its warps: 16 values per thread, at most 16 warps."""
+    """Whole rows of one program, and its warps."""
     columns = triton.next_power_of_2(width)
     tile = max(TILE_VALUES // columns, 1)
-    return {"TILE": tile, "COLUMNS": columns, "num_warps": min(max(tile * columns // 512, 1), 16)}
+    return {"TILE": tile, "COLUMNS": columns, "num_warps": warps(tile * columns)}
 
 
 class _LayerNorm(torch.autograd.Function):

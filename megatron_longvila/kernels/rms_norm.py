@@ -47,9 +47,9 @@ def _backward_kernel(
     tl.store(partial_ptr + program * width + columns, grad_weight, mask=columns < width)
 
 
-def _warps(columns: int) -> int:
+def warps(values: int) -> int:
     """16 values per thread, at most 16 warps."""
-    return min(max(columns // 512, 1), 16)
+    return min(max(values // 512, 1), 16)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -60,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
         out, scale = torch.empty_like(x), x.new_empty(x.numel() // width, dtype=torch.float32)
         columns = triton.next_power_of_2(width)
         if scale.numel():
-            _forward_kernel[(scale.numel(),)](x, weight, out, scale, width, eps, COLUMNS=columns, num_warps=_warps(columns))
+            _forward_kernel[(scale.numel(),)](x, weight, out, scale, width, eps, COLUMNS=columns, num_warps=warps(columns))
         ctx.save_for_backward(x, weight, scale)
         return out
 
@@ -76,7 +76,7 @@ class _RMSNorm(torch.autograd.Function):
         partial = x.new_empty(programs, width, dtype=torch.float32)
         if num_rows:
             _backward_kernel[(programs,)](
-                grad, x, weight, scale, grad_x, partial, num_rows, width, ROWS=rows, COLUMNS=columns, num_warps=_warps(columns)
+                grad, x, weight, scale, grad_x, partial, num_rows, width, ROWS=rows, COLUMNS=columns, num_warps=warps(columns)
             )
         return grad_x, partial.sum(0).to(weight.dtype), None
 

@@ -1,7 +1,7 @@
 """Megatron's parallel linears with the bias inside the matrix product, where one tensor-parallel rank holds the whole weight.
 
-Megatron adds biases in a pass of their own over the result. With several tp ranks Megatron's own
-forward runs: it sums input gradients beside the weight's product, and a row-parallel bias belongs behind the sum over ranks.
+Megatron adds biases in a pass of their own over the result. With several tp ranks Megatron's own forward runs: it sums input gradients
+beside the weight's product, and a row-parallel bias belongs behind the sum over ranks.
 """
 
 from __future__ import annotations
