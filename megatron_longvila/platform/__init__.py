@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import resource
-import tempfile
 from datetime import timedelta
 from typing import Any
 
@@ -56,9 +55,8 @@ def init_distributed(timeout_s: float) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend(), timeout=timeout)
         return
-    # A lone process: a file store needs no port. The file is removed by the store's destructor.
-    store = os.path.join(tempfile.mkdtemp(prefix="longvila-store-"), "store")
-    dist.init_process_group(backend(), init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout)
+    # A lone process has nobody to meet: a store in its own memory needs neither a port nor a file.
+    dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def limit_collectives(timeout_s: float) -> None:

@@ -177,7 +177,7 @@ def test_chromium_draws_the_page_and_runs_nothing(folder, bpe_folder, tmp_path):
     """What a browser makes of it: no script has run, every picture has loaded, and the colours of trained tokens and ranks are there."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
-        pytest.skip("no Chromium here")
+        pytest.skip("no Chromium on this machine: sudo apt-get install chromium")
     viewer, lengths = make_viewer([open_dataset(folder / "dataset")], load_tokenizer(bpe_folder), Mesh(2, 1, 1, 2, 1), context_length=512)
     summary = summarise(viewer.index, np.arange(5), np.arange(5), lengths, viewer.reasons, num_rows=1, context_length=512)
     views = list(viewer.views(range(5)))

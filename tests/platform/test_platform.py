@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 
 import numpy as np
 import pytest
@@ -112,9 +113,11 @@ def lone(_rank: int) -> tuple:
 
 
 @cpu_only
-def test_a_lone_process_is_a_job_of_one(monkeypatch):
+def test_a_lone_process_is_a_job_of_one(monkeypatch, tmp_path):
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run_ranks(lone, 1) == [(1, 0, "gloo", 12.5)]
+    assert not list(tmp_path.iterdir())  # nothing stays behind
 
 
 def group_timeouts(_rank: int) -> set[float]:
