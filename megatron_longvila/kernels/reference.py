@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Scores held at a time: 2^24 fp32 values are 64 MiB; the backward pass holds three such buffers.
+# Scores held at a time: 2^24 fp32 values are 64 MiB; the backward pass holds three such buffers. Where there are fewer keys than head dims,
+# what counts is the fp32 copies of queries, outputs and their gradients: 16 GiB each for a million rows of 32 heads of 128.
 MAX_SCORES = 1 << 24
 
 
@@ -19,9 +20,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _row_chunks(num_rows: int, scores_per_row: int, max_scores: int) -> list[slice]:
-    """Cut query rows so that the scores of one piece fit `max_scores`."""
-    step = max(1, max_scores // max(1, scores_per_row))
+def _row_chunks(q_TNH: Tensor, num_keys: int, max_scores: int) -> list[slice]:
+    """Cut query rows so that neither the scores of one piece nor a copy of its queries are more values than `max_scores`."""
+    num_rows, num_heads, head_dim = q_TNH.shape
+    step = max(1, max_scores // (num_heads * max(num_keys, head_dim)))
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
@@ -55,7 +57,7 @@ def attention_forward(
     k_KSH, v_KSH = k_SKH.to(dtype).transpose(0, 1), v_SKH.to(dtype).transpose(0, 1)
     out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
     lse_TN = q_TNH.new_empty(num_rows, num_heads, dtype=dtype)
-    for rows in _row_chunks(num_rows, num_heads * num_keys, max_scores):
+    for rows in _row_chunks(q_TNH, num_keys, max_scores):
         count, last_key = rows.stop - rows.start, rows.stop if causal else num_keys
         scores = _scores(_by_kv_head(q_TNH[rows], num_kv_heads, dtype), k_KSH[:, :last_key], rows, causal, scale)
         lse_KM1 = torch.logsumexp(scores, dim=-1, keepdim=True)
@@ -81,12 +83,11 @@ def attention_backward(
     Because exp(scores - lse) is then the final probability, the gradients of several blocks simply add up.
     Returns (dq_TNH, dk_SKH, dv_SKH) in the dtype of q. Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
     """
-    num_rows, num_kv_heads = q_TNH.shape[0], k_SKH.shape[1]
-    dtype = accumulation_dtype(q_TNH.dtype)
+    num_kv_heads, dtype = k_SKH.shape[1], accumulation_dtype(q_TNH.dtype)
     k_KSH, v_KSH = k_SKH.to(dtype).transpose(0, 1), v_SKH.to(dtype).transpose(0, 1)
     dq_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
     dk_KSH, dv_KSH = torch.zeros_like(k_KSH), torch.zeros_like(v_KSH)
-    for rows in _row_chunks(num_rows, q_TNH.shape[1] * k_SKH.shape[0], max_scores):
+    for rows in _row_chunks(q_TNH, k_SKH.shape[0], max_scores):
         count, keys = rows.stop - rows.start, slice(0, rows.stop if causal else k_SKH.shape[0])
         q_KMH, grad_KMH = (_by_kv_head(x[rows], num_kv_heads, dtype) for x in (q_TNH, grad_out_TNH))
         delta_KM1 = (grad_KMH * _by_kv_head(out_TNH[rows], num_kv_heads, dtype)).sum(-1, keepdim=True)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense_attention import dense_gradients, relative_error
 from megatron_longvila.kernels.reference import attention_backward, attention_forward, merge_blocks
@@ -67,3 +68,25 @@ def test_merge_survives_scores_that_overflow_exp():
 def test_merge_with_a_side_that_saw_no_key():
     out, lse = merge_blocks(torch.zeros(1, 1, 2), torch.tensor([[float("-inf")]]), torch.ones(1, 1, 2), torch.tensor([[3.0]]))
     assert out.flatten().tolist() == [1.0, 1.0] and lse.item() == 3.0
+
+
+class _LargestCopy(TorchDispatchMode):
+    """Values of the largest fp32 tensor that is made meanwhile."""
+
+    values = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.values = max(self.values, result.numel())
+        return result
+
+
+def test_few_keys_do_not_take_fp32_copies_of_all_queries():
+    """What is left of a long row's keys may be one key, which cuDNN refuses: this twin computes it on the GPU then, for all its queries."""
+    q, k, v, grad_out = _inputs(5000, 1, (4, 2), torch.bfloat16)
+    with _LargestCopy() as largest:
+        out, lse = attention_forward(q, k, v, causal=False, scale=0.3, max_scores=8192)
+        dq, dk, dv = attention_backward(grad_out, q, k, v, out, lse, causal=False, scale=0.3, max_scores=8192)
+    assert lse.numel() == 20_000 and largest.values == 20_000  # what is returned in fp32 is not a copy
+    assert out.equal(v.repeat_interleave(2, 1).expand_as(q)) and dv.float().isfinite().all()
