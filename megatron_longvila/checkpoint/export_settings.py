@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_longvila.checkpoint.hf_config import ARCHITECTURES, update_llm, update_vision, write_llm, write_vision
+from megatron_longvila.checkpoint.hf_config import ARCHITECTURES, llava_text, update_llm, update_vision, write_llm, write_vision
 from megatron_longvila.checkpoint.layouts import PARTS, part_dtypes
 from megatron_longvila.checkpoint.origin import SOURCE, TOKENS
 from megatron_longvila.checkpoint.sharded import read_progress
@@ -125,9 +125,7 @@ def _raw_llm(job: ExportJob) -> Raw | None:
     """The decoder's configuration as it was imported."""
     source = job.options.input / SOURCE
     if job.imported.get("layout") == "llava":
-        root = read_json(source / "config.json")
-        text = root.get("text_config", {})
-        return {"tie_word_embeddings": root.get("tie_word_embeddings", False)} | text
+        return llava_text(read_json(source / "config.json"))
     return _raw_part(job, "llm")
 
 

@@ -82,6 +82,7 @@ def read_llm(raw: Mapping[str, Any], where: str) -> LLMConfig:
             "use_sliding_window": not raw.get("use_sliding_window"),
             "attention_bias": architecture != "llama" or not raw.get("attention_bias"),
             "mlp_bias": not raw.get("mlp_bias"),
+            "partial_rotary_factor": raw.get("partial_rotary_factor") in (None, 1.0),
             "quantization_config": not raw.get("quantization_config"),
         },
         raw,
@@ -99,6 +100,12 @@ def read_llm(raw: Mapping[str, Any], where: str) -> LLMConfig:
         # transformers' maximum is the trained length, from which on it scales; ours is the length that may be used.
         fields["max_position_embeddings"] = int(fields["max_position_embeddings"] * scaling.factor)
     return LLMConfig(architecture=architecture, rotary_base=base, rope_scaling=scaling, **fields)
+
+
+def llava_text(raw: Mapping[str, Any]) -> Raw:
+    """The decoder's configuration inside that of a LLaVA, whose embedding is tied if either of the two says so, as in transformers."""
+    text = dict(raw.get("text_config") or {})
+    return text | {"tie_word_embeddings": bool(text.get("tie_word_embeddings") or raw.get("tie_word_embeddings"))}
 
 
 def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
@@ -166,10 +173,12 @@ def update_llm(raw: Mapping[str, Any], llm: LLMConfig, where: str = "config.json
     for ours, theirs in _LLM_FIELDS.items():
         if getattr(before, ours) != getattr(llm, ours):
             updated[theirs] = getattr(llm, ours)
-    if (before.rotary_base, before.rope_scaling) != (llm.rotary_base, llm.rope_scaling):
-        _write_rope_(updated, llm)
     if llm.rope_scaling is not None and llm.rope_scaling.type == "dynamic" and before != llm:
         updated["max_position_embeddings"] = llm.rope_scaling.original_max_position_embeddings
+    # Not of `before`: a trained length that the settings leave out is the maximum, which may be another now.
+    after = read_llm(updated, where)
+    if (after.rotary_base, after.rope_scaling) != (llm.rotary_base, llm.rope_scaling):
+        _write_rope_(updated, llm)
     after = read_llm(updated, where)
     # Ours alone says how far beyond the trained length a dynamically scaled model may go.
     assert replace(after, max_position_embeddings=0) == replace(llm, max_position_embeddings=0), (after, llm)
@@ -206,7 +215,7 @@ def write_vision(vision: VisionConfig) -> Raw:
 
 
 def _write_rope_(raw: Raw, llm: LLMConfig) -> None:
-    """Replace the rotary settings of `raw`, in the spelling it has."""
+    """Replace the rotary settings of `raw`, in every spelling it has, or in the old one."""
     scaling = llm.rope_scaling
     rope: Raw = {"rope_type": "default"}
     if scaling is not None:
@@ -217,12 +226,9 @@ def _write_rope_(raw: Raw, llm: LLMConfig) -> None:
             del rope["original_max_position_embeddings"]  # max_position_embeddings says it
     if "rope_parameters" in raw:
         raw["rope_parameters"] = {"rope_theta": llm.rotary_base} | rope
-        raw.pop("rope_scaling", None)
-        if "rope_theta" in raw:
-            raw["rope_theta"] = llm.rotary_base
-    else:
-        raw["rope_theta"] = llm.rotary_base
-        raw["rope_scaling"] = None if scaling is None else rope
+    old = {"rope_theta": llm.rotary_base, "rope_scaling": None if scaling is None else rope}
+    # Where both spellings are there, both must say it.
+    raw.update({key: value for key, value in old.items() if key in raw or "rope_parameters" not in raw})
 
 
 def _tower_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:

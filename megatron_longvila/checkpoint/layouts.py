@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_longvila.checkpoint.hf import inner_names
-from megatron_longvila.checkpoint.hf_config import ARCHITECTURES, read_llm, read_vision
+from megatron_longvila.checkpoint.hf_config import ARCHITECTURES, llava_text, read_llm, read_vision
 from megatron_longvila.checkpoint.tensor_files import WEIGHT_SUFFIXES, TensorFolder, TensorInfo, read_json
 from megatron_longvila.config import PROJECTORS, ModelConfig, ProjectorConfig
 
@@ -211,14 +211,12 @@ def _open_llava(path: Path, raw: Mapping[str, Any], allow_pickle: bool) -> Sourc
     parts = {key: raw.get(key) or {} for key in ("text_config", "vision_config")}
     if not all(isinstance(part, Mapping) for part in parts.values()):
         raise ValueError(f"{where} has a text_config or a vision_config that is no object; download it again")
-    text = dict(parts["text_config"])
-    text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings", False))
     notes: list[str] = []
     _check_preprocessor(path / _PREPROCESSOR)
     model = ModelConfig(
         vision=read_vision(parts["vision_config"], f"{where} (vision_config)", select_layer=layer),
         projector=ProjectorConfig("linear" if activation == "linear" else "mlp2x_gelu"),
-        llm=read_llm(text, f"{where} (text_config)"),
+        llm=read_llm(llava_text(raw), f"{where} (text_config)"),
     )
     folder = TensorFolder(path, allow_pickle=allow_pickle)
     spelling = "nested" if any(name.startswith("model.") for name in folder.infos) else "flat"

@@ -72,6 +72,30 @@ def test_only_what_changed_is_written_in_the_spelling_that_was_there(spelling):
     assert update_llm(raw, changed) == raw | wanted
 
 
+def test_a_trained_length_that_only_the_maximum_said_is_kept():
+    raw = {"model_type": "qwen2", "max_position_embeddings": 512, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    llm = read_llm(raw, "x")
+    assert llm.rope_scaling.original_max_position_embeddings == 512 and update_llm(raw, llm) == raw
+    longer = replace(llm, max_position_embeddings=2048)
+    assert read_llm(update_llm(raw, longer), "x") == longer
+
+
+def test_both_spellings_say_what_changed():
+    """A configuration with another inside keeps the keys that are not written: none of them may say what was."""
+    rope = {"rope_type": "linear", "factor": 2.0}
+    raw = {"model_type": "llama", "rope_theta": 5.0, "rope_scaling": rope, "rope_parameters": rope | {"rope_theta": 5.0}}
+    for scaling in (RopeScaling("linear", 4.0), None):
+        changed = replace(read_llm(raw, "x"), rotary_base=9.0, rope_scaling=scaling)
+        assert read_llm(raw | update_llm(raw, changed), "x") == changed
+
+
+def test_a_part_of_the_head_that_turns_is_refused():
+    for value in (None, 1.0):
+        read_llm({"model_type": "llama", "partial_rotary_factor": value}, "x")
+    with pytest.raises(ValueError, match="'partial_rotary_factor': 0.5.*its outputs would be others"):
+        read_llm({"model_type": "llama", "partial_rotary_factor": 0.5}, "x")
+
+
 def test_contradicting_spellings_are_refused():
     rope = {"rope_type": "linear", "factor": 2.0}
     assert read_rope({"rope_scaling": rope, "rope_parameters": rope | {"rope_theta": 3.0}}, "x") == (3.0, RopeScaling("linear", 2.0))

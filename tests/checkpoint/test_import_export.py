@@ -53,6 +53,14 @@ def linear_llava(root: Path) -> None:
     write_json(root / "config.json", read_json(root / "config.json") | {"projector_hidden_act": "linear"})
 
 
+def root_tied_llava(root: Path) -> None:
+    """Only the whole model's configuration says that the embedding is tied, as transformers writes what LlavaConfig was told alone."""
+    save_llava(root, tied=True)
+    raw = read_json(root / "config.json")
+    raw["text_config"]["tie_word_embeddings"] = False
+    write_json(root / "config.json", raw)
+
+
 def nested_llava(root: Path) -> None:
     """The names that LLaVA's modules have in memory, which some versions of transformers wrote."""
     save_llava(root, "llama", dtype=fp16)
@@ -85,6 +93,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "llava_tied_bf16": ("llava", lambda root: save_llava(root, tied=True, dtype=bf16)),
     "llava_llama_odd": ("llava", lambda root: save_llava(root, "llama", image_size=ODD_GRID)),
     "llava_linear": ("llava", linear_llava),
+    "llava_root_tied": ("llava", root_tied_llava),
     "llava_nested_fp16": ("llava", nested_llava),
     "parts_mixed": ("vila", parts),
     "parts_whole_siglip": ("vila", whole_siglip),
