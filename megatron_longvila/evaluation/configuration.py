@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_longvila.config import CheckpointConfig, Config, ParallelConfig
+from megatron_longvila.config import CheckpointConfig, Config, LoggingConfig, OptimizerConfig, ParallelConfig
 from megatron_longvila.config_check import resolve
 from megatron_longvila.config_io import load, parse, save
 
@@ -33,8 +33,11 @@ def evaluation_config(
         trained,
         parallel=ParallelConfig(),  # the mesh of this job is not that of the training run
         data=replace(trained.data, evaluation=[str(folder) for folder in evaluation], global_batch_size=world_size),
-        training=replace(trained.training, trainable=trainable, recompute="none", evaluation_rows=0),
+        # Nor are its optimizer, its evaluations and its logs, whose packages and data this machine need not have.
+        optimizer=OptimizerConfig(),
+        training=replace(trained.training, trainable=trainable, recompute="none", evaluation_interval=0, evaluation_rows=0),
         checkpoint=CheckpointConfig(load=str(checkpoint)),
+        logging=LoggingConfig(),
     )
     with tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
         save(start, Path(folder, "config.yaml"))
