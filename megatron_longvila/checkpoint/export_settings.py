@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_longvila.checkpoint.hf_config import ARCHITECTURES, llava_text, update_llm, update_vision, write_llm, write_vision
-from megatron_longvila.checkpoint.layouts import PARTS, part_dtypes
+from megatron_longvila.checkpoint.layouts import PARTS, part_dtypes, read_preprocessor
 from megatron_longvila.checkpoint.origin import SOURCE, TOKENS
 from megatron_longvila.checkpoint.sharded import read_progress
 from megatron_longvila.checkpoint.tensor_files import read_json, write_json
@@ -224,9 +224,11 @@ def _image_key(raw: Mapping[str, Any]) -> str:
 def _write_preprocessor(job: ExportJob, folder: Path) -> None:
     """The source's, or SigLIP's with our size."""
     layout, source = job.imported.get("layout"), job.options.input / SOURCE
-    before = source / ("" if layout == "llava" else "vision_tower") / _PREPROCESSOR
-    if before.exists():
+    before, raw = read_preprocessor(source / ("" if layout == "llava" else "vision_tower"))
+    if before.name == _PREPROCESSOR and before.exists():
         shutil.copyfile(before, folder / _PREPROCESSOR)
+    elif raw and layout != job.options.format:
+        write_json(folder / _PREPROCESSOR, raw)
     elif layout is None or layout != job.options.format and job.options.format == "llava":
         size = job.config.model.vision.image_size
         write_json(

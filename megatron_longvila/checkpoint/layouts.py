@@ -45,7 +45,7 @@ LLAVA_NAMES = {
     },
 }
 _LINEAR_OUT = ("mm_projector.layers.2.weight", "mm_projector.layers.2.bias")
-_PREPROCESSOR = "preprocessor_config.json"
+_PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _SETTINGS_LIMIT = 256 << 20
 _SETTINGS_FOLDERS = ("chat_templates", "additional_chat_templates")
 
@@ -166,7 +166,7 @@ def _open_vila(path: Path, raw: Mapping[str, Any], allow_pickle: bool) -> Source
         raise ValueError(
             f"{where} drops the first patch (mm_vision_select_feature={raw['mm_vision_select_feature']!r}); only cls_patch keeps all"
         )
-    _check_preprocessor(folders["vision_tower"] / _PREPROCESSOR)
+    _check_preprocessor(folders["vision_tower"])
     model = ModelConfig(
         vision=vision,
         projector=ProjectorConfig(_projector_type(configs["mm_projector"].get("mm_projector_type"), folders["mm_projector"])),
@@ -186,7 +186,7 @@ def _open_parts(path: Path, raw: Mapping[str, Any], vision_tower: Path | None, p
         raise ValueError(f"{path} has a vision_tower/ of its own; leave out --vision_tower, or give {path / 'llm'} as the input")
     configs = {part: read_json(folder / "config.json") for part, folder in folders.items()}
     where = {part: str(folder / "config.json") for part, folder in folders.items()}
-    _check_preprocessor(folders["vision_tower"] / _PREPROCESSOR)
+    _check_preprocessor(folders["vision_tower"])
     model = ModelConfig(
         vision=read_vision(configs["vision_tower"], where["vision_tower"]),
         projector=ProjectorConfig(_projector_type(projector, Path("--projector"))),
@@ -212,7 +212,7 @@ def _open_llava(path: Path, raw: Mapping[str, Any], allow_pickle: bool) -> Sourc
     if not all(isinstance(part, Mapping) for part in parts.values()):
         raise ValueError(f"{where} has a text_config or a vision_config that is no object; download it again")
     notes: list[str] = []
-    _check_preprocessor(path / _PREPROCESSOR)
+    _check_preprocessor(path)
     model = ModelConfig(
         vision=read_vision(parts["vision_config"], f"{where} (vision_config)", select_layer=layer),
         projector=ProjectorConfig("linear" if activation == "linear" else "mlp2x_gelu"),
@@ -294,11 +294,17 @@ def _preprocess(raw: Mapping[str, Any], where: Path, notes: list[str]) -> str:
     return "pad" if aspect == "pad" else "resize"
 
 
-def _check_preprocessor(path: Path) -> None:
+def read_preprocessor(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of how a model wants its pixels, and its content ({} if there is none); transformers 5 puts it into the processor's."""
+    own, shared = folder / _PREPROCESSOR, folder / _PROCESSOR
+    if own.exists() or not shared.exists():
+        return own, read_json(own) if own.exists() else {}
+    return shared, read_json(shared).get("image_processor") or {}
+
+
+def _check_preprocessor(folder: Path) -> None:
     """Our pixels are (x / 255 - 0.5) / 0.5 of an image resized as a whole. Raises ValueError for a preprocessor that makes others."""
-    if not path.exists():
-        return
-    raw = read_json(path)
+    path, raw = read_preprocessor(folder)
     fine = {key: raw.get(key) in (None, 0.5, [0.5], [0.5] * 3) for key in ("image_mean", "image_std")}
     fine |= {key: raw.get(key) is not False for key in ("do_rescale", "do_normalize")}
     fine |= {"do_center_crop": not raw.get("do_center_crop"), "rescale_factor": raw.get("rescale_factor") in (None, 1 / 255)}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_longvila.checkpoint.layouts import PARTS, part_folder
+from megatron_longvila.checkpoint.layouts import PARTS, part_folder, read_preprocessor
 from megatron_longvila.checkpoint.tensor_files import PickledFile, SafetensorsFile, read_json
 from megatron_longvila.parallel.plan import PLACEHOLDER_ID
 
@@ -210,7 +210,7 @@ class HuggingFaceModel:
 
     def _image_processor(self, folder: Path):
         """uint8 [F, S, S, 3] to normalized fp32 [F, 3, S, S], by the preprocessor the folder brings or SigLIP's own numbers."""
-        if not (folder / "preprocessor_config.json").is_file():
+        if not read_preprocessor(folder)[1]:
             return lambda frames_FSS3: ((frames_FSS3.float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
         processor = import_transformers().AutoImageProcessor.from_pretrained(folder, local_files_only=True)
 

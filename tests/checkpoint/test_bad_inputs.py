@@ -54,6 +54,13 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]
     save_file(tensors, path, {"format": "pt"})
 
 
+def into_processor(folder: Path) -> None:
+    """Image settings where transformers 5 writes them."""
+    path = folder / "preprocessor_config.json"
+    write_json(folder / "processor_config.json", {"processor_class": "LlavaProcessor", "image_processor": read_json(path)})
+    path.unlink()
+
+
 def truncate(path: Path, num_bytes: int) -> None:
     path.write_bytes(path.read_bytes()[:num_bytes])
 
@@ -122,6 +129,13 @@ def test_configurations_that_do_not_fit(copy, case):
     folder = copy(model)
     edit(folder / file, **changes)
     refused(folder, message)
+
+
+def test_other_pixels_inside_a_processor(copy):
+    folder = copy("llava")
+    edit(folder / "preprocessor_config.json", image_mean=[0.48, 0.45, 0.40])
+    into_processor(folder)
+    refused(folder, r"processor_config.json has .'image_mean': \[0.48, 0.45, 0.4\].*with mean")
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,24 @@ def test_vila_without_a_merge_becomes_llava_and_comes_back(converted):
     )
 
 
+def test_image_settings_inside_a_processor_come_along(converted, tmp_path):
+    """transformers 5 writes no preprocessor_config.json for LLaVA; VILA's code reads one."""
+    import shutil
+
+    from megatron_longvila.checkpoint import export_settings
+    from megatron_longvila.checkpoint.exporting import ExportOptions, plan
+
+    job = plan(ExportOptions(converted / "llava_llama_odd" / "checkpoint", tmp_path / "out", "vila"))
+    shutil.copytree(job.options.input / "source", tmp_path / "in" / "source")
+    path = tmp_path / "in" / "source" / "preprocessor_config.json"
+    settings = read_json(path)
+    path.unlink()
+    write_json(path.with_name("processor_config.json"), {"processor_class": "LlavaProcessor", "image_processor": settings})
+    (tmp_path / "out").mkdir()
+    export_settings.write(replace(job, options=replace(job.options, input=tmp_path / "in")), tmp_path / "out")
+    assert read_json(tmp_path / "out" / "vision_tower" / "preprocessor_config.json") == settings
+
+
 def test_flat_vision_names_on_request(converted):
     names = {name.removeprefix("vision_tower/") for name in tensors_of(converted / "flat") if name.startswith("vision_tower/")}
     assert names and not any(name.startswith("vision_model.") for name in names)

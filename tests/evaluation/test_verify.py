@@ -232,6 +232,20 @@ def test_what_does_not_reach_the_feature_may_be_missing(folder):
     assert "encoder.layers.1.mlp.fc1.bias" in message and "encoder.layers.2" not in message
 
 
+def test_image_settings_inside_a_processor_are_read(folder):
+    """Where transformers 5 writes them beside a processor; another mean there is another model."""
+    from megatron_longvila.evaluation.hf_reference import HuggingFaceModel
+
+    tower = folder / "with_processor"
+    shutil.copytree(folder / "source" / "vision_tower", tower)
+    settings = hf_models.read_json(tower / "preprocessor_config.json") | {"image_mean": [0.0] * 3}
+    (tower / "preprocessor_config.json").unlink()
+    hf_models.write_json(tower / "processor_config.json", {"processor_class": "SiglipProcessor", "image_processor": settings})
+    model = HuggingFaceModel(tower)
+    side = model.sizes["image_size"]
+    assert not model.normalize(torch.zeros(1, side, side, 3, dtype=torch.uint8)).any()
+
+
 def test_parts_alone_are_compared_as_far_as_they_go(folder):
     pairs = [(folder / "source" / "llm", folder / "checkpoint"), (folder / "checkpoint", folder / "source" / "vision_tower")]
     language, vision = run_ranks(verify_all, 1, pairs)[0]
