@@ -143,7 +143,7 @@ def fill(rule: Rule, sources: Sequence[Tensor]) -> Tensor:
 def check_tied(head: Tensor, table: Tensor) -> None:
     """Raises ValueError if an `lm_head` that should repeat the embedding does not, to the last bit: a NaN repeats itself."""
     if head.dtype != table.dtype or head.shape != table.shape or not torch.equal(head.view(torch.uint8), table.view(torch.uint8)):
-        raise ValueError(f"{_HEAD} differs from {_TABLE}, so they are not tied; set model.llm.tie_embeddings=false to keep both")
+        raise ValueError(f"{_HEAD} differs from {_TABLE}: they are not tied; set tie_word_embeddings to false in config.json to keep both")
 
 
 def to_megatron(hf_state: State, config: Config, *, resize_positions: bool = False) -> tuple[State, State]:
@@ -357,13 +357,15 @@ def _is_passenger(name: str, config: Config) -> bool:
 def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if shape == tuple(wanted):
         return
-    hint = "; pass resize_positions=True to interpolate it" if "position_embedding" in name else ""
-    raise ValueError(f"{name} has shape {shape}, the configuration asks for {tuple(wanted)}; correct the model section{hint}")
+    raise ValueError(
+        f"{name} has shape {shape}, the configuration asks for {tuple(wanted)}; correct the model's sizes there (config.json of an import, "
+        "the section model of config.yaml)"
+    )
 
 
 def _refuse(missing, unexpected) -> None:
     if missing or unexpected:
         raise ValueError(
             f"{len(missing)} missing tensors: {sorted(missing)}; {len(unexpected)} unexpected: {sorted(unexpected)}; "
-            "the model section of the configuration must describe exactly these weights"
+            "the configuration (config.json of an import, the section model of config.yaml) must describe exactly these weights"
         )
