@@ -11,7 +11,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_longvila.checkpoint.hf_config import ARCHITECTURES, llava_text, update_llm, update_vision, write_llm, write_vision
+from megatron_longvila.checkpoint.hf_config import (
+    ARCHITECTURES,
+    llava_text,
+    update_llm,
+    update_vision,
+    with_old_rope,
+    write_llm,
+    write_vision,
+)
 from megatron_longvila.checkpoint.layouts import PARTS, part_dtypes, read_preprocessor
 from megatron_longvila.checkpoint.origin import SOURCE, TOKENS
 from megatron_longvila.checkpoint.sharded import read_progress
@@ -147,7 +155,7 @@ def _llm(job: ExportJob) -> Raw:
     raw, llm = _raw_llm(job), job.config.model.llm
     now = write_llm(llm) if raw is None else update_llm(raw, llm)
     if job.imported.get("layout") == "llava" and job.options.format != "llava":
-        now = {"architectures": [ARCHITECTURES[llm.architecture]]} | now
+        now = {"architectures": [ARCHITECTURES[llm.architecture]]} | with_old_rope(now, llm)
     _set_dtype(now, job, "llm", is_root=job.options.format != "llava")
     return now
 

@@ -197,6 +197,13 @@ def write_llm(llm: LLMConfig) -> Raw:
     return raw
 
 
+def with_old_rope(raw: Mapping[str, Any], llm: LLMConfig) -> Raw:
+    """`raw` with its rotary settings in the old spelling too: readers before transformers 5 overlook rope_parameters and take a default."""
+    updated = {"rope_theta": None, "rope_scaling": None} | raw
+    _write_rope_(updated, llm)
+    return updated
+
+
 def update_vision(raw: Mapping[str, Any], vision: VisionConfig, where: str = "config.json") -> Raw:
     """As `update_llm`, for the tower; a whole SigLIP model's configuration keeps its other parts."""
     inner = dict(_tower_settings(raw))

@@ -215,6 +215,10 @@ def test_llava_becomes_vila_and_a_bare_decoder(converted):
     assert all(name.startswith("vision_tower/vision_model.") for name in vila if name.startswith("vision_tower/"))
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(converted / "llava_as_llm", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and loaded.config.rope_parameters["rope_type"] == "llama3"
+    # Nor do they know rope_parameters, without which they would take a base of 10,000 and no scaling.
+    for raw in (read_json(converted / "llava_as_llm" / "config.json"), read_json(converted / "llava_as_vila" / "llm" / "config.json")):
+        rope = raw["rope_parameters"]
+        assert raw["rope_theta"] == rope["rope_theta"] and {"rope_theta": raw["rope_theta"]} | raw["rope_scaling"] == rope
     assert (converted / "llava_as_llm" / "tokenizer.json").exists() and not (
         converted / "llava_as_llm" / "preprocessor_config.json"
     ).exists()
