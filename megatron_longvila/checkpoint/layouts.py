@@ -13,6 +13,7 @@ Names inside this program are VILA's with the inner `vision_model.` (checkpoint/
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,8 @@ LLAVA_NAMES = {
 }
 _LINEAR_OUT = ("mm_projector.layers.2.weight", "mm_projector.layers.2.bias")
 _PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
+# What VILA puts around and does to visual tokens behind the projector. Ours is what these do: nothing, and a newline behind each frame.
+_ENCODERS = {"image_encoder": "BasicImageEncoder", "video_encoder": "BasicVideoEncoder"}
 _SETTINGS_LIMIT = 256 << 20
 _SETTINGS_FOLDERS = ("chat_templates", "additional_chat_templates")
 
@@ -157,6 +160,7 @@ def _open_vila(path: Path, raw: Mapping[str, Any], allow_pickle: bool) -> Source
             raise ValueError(f"{file} does not exist and {where} does not describe {part} either; download the folder again")
     vision = read_vision(configs["vision_tower"], str(folders["vision_tower"]), select_layer=raw.get("mm_vision_select_layer", -2))
     vision = replace(vision, preprocess=_preprocess(raw, where, notes))
+    _note_encoders(raw, where, notes)
     if raw.get("s2") or raw.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
         raise ValueError(
             f"{where} has s2={raw.get('s2')} and mm_hidden_size={raw.get('mm_hidden_size')}, the tower has hidden_size="
@@ -292,6 +296,21 @@ def _preprocess(raw: Mapping[str, Any], where: Path, notes: list[str]) -> str:
     elif aspect not in (None, "resize", "pad"):
         raise ValueError(f"{where} has image_aspect_ratio={aspect!r}; known are resize, pad and dynamic")
     return "pad" if aspect == "pad" else "resize"
+
+
+def _note_encoders(raw: Mapping[str, Any], where: Path, notes: list[str]) -> None:
+    """A line for each of VILA's encoders that is not ours. Raises ValueError for one that nobody can read."""
+    for key, basic in _ENCODERS.items():
+        settings = raw.get(key) or {"_target_": basic}
+        try:
+            settings = json.loads(settings) if isinstance(settings, str) else settings
+        except ValueError as error:
+            raise ValueError(f"{where} has {key}={raw[key]!r}, which is no JSON: {error}") from None
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"{where} has {key}={raw[key]!r}; it must be an object with a _target_")
+        is_ours = str(settings.get("_target_")).endswith(basic) and settings.get("end_tokens", "\n") == "\n"
+        if not is_ours or settings.get("start_tokens"):
+            notes.append(f"{key}={dict(settings)} is not supported; here a frame is its visual tokens and a newline, as {basic} has it")
 
 
 def read_preprocessor(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -364,3 +364,18 @@ def test_images_in_tiles_are_noted(copy):
     edit(folder / "config.json", image_aspect_ratio="dynamic")
     source = plan(ImportOptions(folder, folder.parent / "output")).source
     assert "cuts images (not video frames) into tiles" in source.notes[0] and source.model.vision.preprocess == "resize"
+
+
+def test_encoders_that_change_visual_tokens_are_noted(copy):
+    """NVILA's means over eight frames would be lost without a word."""
+    folder = copy("vila")
+    pooled = {"_target_": "llava.model.encoders.TSPVideoEncoder", "pool_sizes": [[8, 1, 1]], "start_tokens": None, "end_tokens": "\n"}
+    basic = {"_target_": "llava.model.encoders.BasicImageEncoder", "start_tokens": None, "end_tokens": "\n"}
+    edit(folder / "config.json", video_encoder=json.dumps(pooled), image_encoder=basic)
+    (note,) = plan(ImportOptions(folder, folder.parent / "output")).source.notes
+    assert "video_encoder=" in note and "TSPVideoEncoder" in note and "as BasicVideoEncoder has it" in note
+    edit(folder / "config.json", video_encoder=None, image_encoder=json.dumps(basic | {"end_tokens": None}))
+    (note,) = plan(ImportOptions(folder, folder.parent / "output")).source.notes
+    assert "image_encoder=" in note
+    edit(folder / "config.json", image_encoder="BasicImageEncoder")
+    refused(folder, "image_encoder='BasicImageEncoder', which is no JSON")
