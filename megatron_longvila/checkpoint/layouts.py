@@ -49,6 +49,7 @@ _LINEAR_OUT = ("mm_projector.layers.2.weight", "mm_projector.layers.2.bias")
 _PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # What VILA puts around and does to visual tokens behind the projector. Ours is what these do: nothing, and a newline behind each frame.
 _ENCODERS = {"image_encoder": "BasicImageEncoder", "video_encoder": "BasicVideoEncoder"}
+_BICUBIC = 3
 _SETTINGS_LIMIT = 256 << 20
 _SETTINGS_FOLDERS = ("chat_templates", "additional_chat_templates")
 
@@ -190,14 +191,16 @@ def _open_parts(path: Path, raw: Mapping[str, Any], vision_tower: Path | None, p
         raise ValueError(f"{path} has a vision_tower/ of its own; leave out --vision_tower, or give {path / 'llm'} as the input")
     configs = {part: read_json(folder / "config.json") for part, folder in folders.items()}
     where = {part: str(folder / "config.json") for part, folder in folders.items()}
+    notes = ["the projector is freshly initialised"]
     _check_preprocessor(folders["vision_tower"])
+    _note_resampling(folders["vision_tower"], notes)
     model = ModelConfig(
         vision=read_vision(configs["vision_tower"], where["vision_tower"]),
         projector=ProjectorConfig(_projector_type(projector, Path("--projector"))),
         llm=read_llm(configs["llm"], where["llm"]),
     )
     settings = {key: file for part, folder in folders.items() for key, file in _settings(folder, part).items()}
-    return _source("parts", model, _open_folders(folders, allow_pickle), settings, {}, ["the projector is freshly initialised"])
+    return _source("parts", model, _open_folders(folders, allow_pickle), settings, {}, notes)
 
 
 def _open_llava(path: Path, raw: Mapping[str, Any], allow_pickle: bool) -> Source:
@@ -217,6 +220,7 @@ def _open_llava(path: Path, raw: Mapping[str, Any], allow_pickle: bool) -> Sourc
         raise ValueError(f"{where} has a text_config or a vision_config that is no object; download it again")
     notes: list[str] = []
     _check_preprocessor(path)
+    _note_resampling(path, notes)
     model = ModelConfig(
         vision=read_vision(parts["vision_config"], f"{where} (vision_config)", select_layer=layer),
         projector=ProjectorConfig("linear" if activation == "linear" else "mlp2x_gelu"),
@@ -330,6 +334,13 @@ def _check_preprocessor(folder: Path) -> None:
     wrong = {key: raw[key] for key, is_fine in fine.items() if not is_fine}
     if wrong:
         raise ValueError(f"{path} has {wrong}; our frames are resized whole and scaled by 1/255, with mean and deviation 0.5, as SigLIP's")
+
+
+def _note_resampling(folder: Path, notes: list[str]) -> None:
+    """A line for a preprocessor that resizes in another way than we do. VILA's code resizes as we do before it calls one."""
+    path, raw = read_preprocessor(folder)
+    if raw.get("resample") not in (None, _BICUBIC):
+        notes.append(f"{path.name} has resample={raw['resample']}; here images and frames are resized with {_BICUBIC} (PIL's bicubic)")
 
 
 def _settings(folder: Path, prefix: str) -> dict[str, Path]:

@@ -379,3 +379,13 @@ def test_encoders_that_change_visual_tokens_are_noted(copy):
     assert "image_encoder=" in note
     edit(folder / "config.json", image_encoder="BasicImageEncoder")
     refused(folder, "image_encoder='BasicImageEncoder', which is no JSON")
+
+
+def test_another_way_to_resize_is_noted(copy):
+    """Bilinear: the pixels of noise shrunk to a third, from -1 to 1, differ by up to 0.1 from bicubic ones."""
+    folder = copy("llava")
+    path = folder / "preprocessor_config.json"
+    assert plan(ImportOptions(folder, folder.parent / "output")).source.notes == ()
+    edit(path, resample=2)
+    (note,) = plan(ImportOptions(folder, folder.parent / "output")).source.notes
+    assert "has resample=2; here images and frames are resized with 3 (PIL's bicubic)" in note
