@@ -226,10 +226,10 @@ class _AtenBackend:
 class CudnnBackend(_AtenBackend):
     """cuDNN's fused attention. 1.7x FlashAttention-2 on Hopper (600 against 345 TFLOP/s forward at 32K tokens).
 
-    cuDNN refuses a single key: such a block (a sample of one token, or one chunk of one token) is computed by the reference. It plans for
-    every new shape, which costs more than a small block itself: row counts are rounded up, so that few shapes ever occur. Its backward is
-    wrong beyond `MAX_BACKWARD_VALUES`: larger blocks take a call for each group of heads, and if one key/value head's query heads are too
-    much, ValueError is raised.
+    cuDNN refuses a single key: such a block (a chunk of one token, or what is left of long keys in tiles) is computed by the reference. It
+    plans for every new shape, which costs more than a small block itself: row counts are rounded up, so that few shapes ever occur. Its
+    backward is wrong beyond `MAX_BACKWARD_VALUES`: larger blocks take a call for each group of heads, and if one key/value head's query
+    heads are too much, ValueError is raised.
     """
 
     name, max_head_dim, other = "cudnn", 128, "'flash' (head dims up to 256) or 'reference'"
