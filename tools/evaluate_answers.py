@@ -123,12 +123,18 @@ def evaluate(config: Config, folders: list[Path], *, blank_frames: bool) -> dict
                 blank_frames=name == "blank",
             )
             answers, skipped = score_answers(predictions, loader, index, tokenizer)
-            unusable = {index.locate(number)[1].id: reason for number, reason in loader.unusable.items()}
+            unusable = list_unusable(index, loader.unusable)
             records = [asdict(answer) for answer in answers]
             result[name] = {"summary": asdict(summarise(answers)), "skipped": skipped, "unusable": unusable, "answers": records}
     is_first = dist.get_rank() == 0
     platform.shutdown_distributed()
     return result if is_first else {}
+
+
+def list_unusable(index: Any, reasons: dict[int, str]) -> list[dict[str, str]]:
+    """The samples that no row holds, and why; an id says which only together with its folder."""
+    places = ((*index.locate(number), reason) for number, reason in sorted(reasons.items()))
+    return [{"data": str(dataset.path), "sample_id": sample.id, "reason": reason} for dataset, sample, reason in places]
 
 
 def main(argv: list[str] | None = None) -> int:

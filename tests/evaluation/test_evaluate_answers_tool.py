@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from programs import load_script
@@ -66,6 +67,13 @@ def test_what_only_training_needs_is_left_behind(run_dir):
     save(trained, saved)
     config = evaluation_config(run_dir / "step", [], prog="x", world_size=1, gpus_per_host=1)
     assert config.data.evaluation == [] and config.logging.wandb_project == "" and config.optimizer.backend == "torch"
+
+
+def test_unusable_samples_of_one_id_in_two_folders_are_two(tool):
+    folders = SimpleNamespace(path=Path("a")), SimpleNamespace(path=Path("b"))
+    index = SimpleNamespace(locate=lambda number: (folders[number // 10], SimpleNamespace(id=str(number % 10))))
+    found = tool.list_unusable(index, {13: "too long", 3: "no words"})
+    assert [(one["data"], one["sample_id"], one["reason"]) for one in found] == [("a", "3", "no words"), ("b", "3", "too long")]
 
 
 def test_flags_change_any_field(tool, run_dir):
