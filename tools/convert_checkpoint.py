@@ -127,7 +127,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _export_peft(arguments: argparse.Namespace) -> int:
     from megatron_longvila import platform
     from megatron_longvila.checkpoint.importing import check_output, written_aside
-    from megatron_longvila.checkpoint.lora import check_peft, export_peft
+    from megatron_longvila.checkpoint.lora import check_peft, export_peft, note_left_out
 
     if arguments.merge_lora:
         raise ValueError("--merge-lora adds the adapters to the weights, --format peft exports them alone; choose one of the two")
@@ -137,7 +137,7 @@ def _export_peft(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, arguments.overwrite, ("adapter_config.json",), inputs=(arguments.input,))
     check_peft(arguments.input)
     if arguments.dry_run:
-        return _dry_run(arguments.output, 0, ())
+        return _dry_run(arguments.output, 0, note_left_out(arguments.input))
     platform.init_distributed(600)
     try:
         with written_aside(arguments.output) as folder:
@@ -145,7 +145,7 @@ def _export_peft(arguments: argparse.Namespace) -> int:
             names = export_peft(arguments.input, folder)
     finally:
         platform.shutdown_distributed()
-    return _done(arguments.output, [f"{len(names)} tensors in the adapter"])
+    return _done(arguments.output, [f"{len(names)} tensors in the adapter", *note_left_out(arguments.input)])
 
 
 def _verify(arguments: argparse.Namespace) -> int:

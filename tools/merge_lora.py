@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give --output DIR, --peft_output DIR or both")
 
     from megatron_longvila import platform
-    from megatron_longvila.checkpoint.lora import export_peft, merge_lora
+    from megatron_longvila.checkpoint.lora import export_peft, merge_lora, note_left_out
 
     platform.init_distributed(600)
     try:
@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.peft_output is not None:
             names = export_peft(arguments.checkpoint, arguments.peft_output)
             print(f"exported {len(names)} tensors as a PEFT adapter: {arguments.peft_output}")
+            for note in note_left_out(arguments.checkpoint):
+                print(f"note: {note}", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -140,6 +140,15 @@ def check_peft(checkpoint: Path) -> None:
     _check_exportable(_open(checkpoint))
 
 
+def note_left_out(checkpoint: Path) -> list[str]:
+    """A line for the user if the run trained parts beside the decoder, which an adapter of the decoder cannot hold."""
+    trained = config_io.load(checkpoint / "config.yaml").training.trainable
+    parts = [part for part in ("vision", "projector") if part in trained]
+    if not parts:
+        return []
+    return [f"the run trained {' and '.join(parts)} too, which this adapter does not hold; export --merge-lora brings all of it out"]
+
+
 def _open(checkpoint: Path) -> Config:
     """Configuration of a complete checkpoint with adapters."""
     damage = find_damage(checkpoint)

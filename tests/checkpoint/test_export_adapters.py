@@ -9,6 +9,7 @@ import pytest
 import torch
 from hf_models import read_json, save_vila, transformers
 from imported import export_folder, import_folder
+from programs import ROOT, load_script
 from safetensors.torch import load_file
 
 from ranks import run_ranks
@@ -87,3 +88,21 @@ def test_adapters_are_not_lost_in_silence(folders, tmp_path):
         plan(ExportOptions(folders / "imported", tmp_path / "out", "vila", merge_lora=True))
     with pytest.raises(ValueError, match="model.projector.type=mlp_downsample merges 2 x 2 patches, and LLaVA .*use --format vila"):
         plan(ExportOptions(folders / "imported", tmp_path / "out", "llava"))
+
+
+def test_what_trained_beside_the_adapters_is_named(folders, tmp_path, capsys):
+    """With a dry run: an adapter of the decoder cannot hold the projector, and would lose it without a word."""
+    import shutil
+
+    from megatron_longvila import config_io
+    from megatron_longvila.checkpoint.sharded import mark_complete
+
+    tool, folder = load_script(ROOT / "tools" / "convert_checkpoint.py"), tmp_path / "adapted"
+    words = ["export", str(folder), str(tmp_path / "peft"), "--format", "peft", "--dry_run"]
+    shutil.copytree(folders / "adapted", folder)
+    assert tool.main(words) == 0 and "note" not in capsys.readouterr().err
+    config = config_io.load(folder / "config.yaml")
+    config_io.save(replace(config, training=replace(config.training, trainable=["projector", "lora"])), folder / "config.yaml")
+    (folder / "complete.json").unlink()
+    mark_complete(folder)
+    assert tool.main(words) == 0 and "note: the run trained projector too, which this adapter does not hold" in capsys.readouterr().err
