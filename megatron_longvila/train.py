@@ -21,12 +21,18 @@ from megatron_longvila import watch
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check_device, check_inputs, refuse, resolve
 from megatron_longvila.config_io import load, parse
-from megatron_longvila.pulse import Pulse, forget_earlier, read_records
+from megatron_longvila.pulse import MARKER, Pulse, forget_earlier, read_records
+
+PROGRAM = "python -m megatron_longvila.train"
 
 
 def configure(argv: Sequence[str], *, world_size: int, gpus_per_host: int) -> Config:
     """The checked configuration of a command line with the mesh resolved. Raises ValueError for what a user did wrong."""
-    config = parse(argv, prog="python -m megatron_longvila.train")
+    return settle(parse(argv, prog=PROGRAM), world_size=world_size, gpus_per_host=gpus_per_host)
+
+
+def settle(config: Config, *, world_size: int, gpus_per_host: int) -> Config:
+    """`config` checked and with the mesh resolved. Raises ValueError as `configure`."""
     config = resolve(continue_mesh(config), world_size=world_size, gpus_per_host=gpus_per_host)
     check_inputs(config)
     if config.data.mixture:
@@ -141,10 +147,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, train. A configuration error is one line on stderr and exit code 1."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     gpus_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    start_logging(int(os.environ.get("RANK", "0")))  # before the mesh is chosen, which says why
+    rank = int(os.environ.get("RANK", "0"))
+    start_logging(rank)  # before the mesh is chosen, which says why
     hold_requests()
     try:
-        config = configure(sys.argv[1:] if argv is None else argv, world_size=world_size, gpus_per_host=gpus_per_host)
+        config = parse(sys.argv[1:] if argv is None else argv, prog=PROGRAM)
+        if rank == 0:
+            Path(config.output_dir, MARKER).unlink(missing_ok=True)  # also if this job is refused: it has not stopped after a save
+        config = settle(config, world_size=world_size, gpus_per_host=gpus_per_host)
         check_device(config)
         pulse = take_pulse(config, gpus_per_host)
     except (ValueError, OSError) as error:

@@ -91,6 +91,15 @@ def test_a_mistake_is_one_line_and_exit_1():
     assert done.stderr.startswith("error: parallel.virtual_pp_size=2 is not supported")
 
 
+@pytest.mark.parametrize(("rank", "flags", "left"), [("0", [], False), ("1", [], True), ("0", ["--print_config"], True)])
+def test_a_job_that_is_refused_is_not_taken_for_the_one_that_stopped_before(inputs, tmp_path, rank, flags, left):
+    mark = tmp_path / "run" / "interrupted"
+    mark.parent.mkdir()
+    mark.write_text("{}")
+    done = run_train(*inputs, "--parallel.virtual_pp_size", "2", *flags, RANK=rank)
+    assert done.returncode == (0 if flags else 1) and mark.exists() == left, done.stderr
+
+
 def test_other_ranks_leave_a_mistake_to_the_first_one():
     """A launcher ends all ranks when one exits: if the others were faster, nobody would have said why."""
     first, other = (
