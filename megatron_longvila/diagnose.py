@@ -11,6 +11,7 @@ The first lines name host, rank and cause. The exit code says what to do:
         (A configuration error leaves no record: it is what an --exit_status below 128 without any heartbeat means; ranks that the launcher
         could not bring together leave none either, so the report names both. With --num_ranks, ranks that have none while others have.)
     30  the run directory says nothing about it
+    2   wrong usage, such as a run directory that is not there
 """
 
 from __future__ import annotations
@@ -260,6 +261,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_ranks", type=int, help="of the job")
     parser.add_argument("--log", type=Path, help="output of the launcher")
     options = parser.parse_args(argv)
+    if not options.run_dir.is_dir():
+        what = "is not a folder" if options.run_dir.exists() else "does not exist"
+        parser.error(f"RUN_DIR {options.run_dir} {what}; give the output_dir of the run")
+    if options.log is not None and not options.log.is_file():
+        parser.error(f"--log {options.log} is not a file; give what the launcher wrote, or leave it out")
     code, text = diagnose(options.run_dir, options.since, options.exit_status, options.log, options.num_ranks)
     sys.stdout.write(text + "\n")
     return code

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longvila.diagnose import FINAL, RESTARTABLE, SAVED, UNKNOWN, diagnose, is_echo, name_ranks
+from megatron_longvila.diagnose import FINAL, RESTARTABLE, SAVED, UNKNOWN, diagnose, is_echo, main, name_ranks
 from megatron_longvila.pulse import record_path, write_record
 
 START_S = 1000.0
@@ -202,6 +202,18 @@ def test_nothing_found(write, tmp_path):
     assert code == FINAL and "no rank got as far as its first heartbeat (exit status 1); a configuration error" in text
     assert "or ranks that did not find each other" in text
     assert diagnose(tmp_path / "nowhere", 0.0)[0] == UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["nowhere"], "nowhere does not exist"), (["log"], "log is not a folder"), ([".", "--log", "nowhere"], "nowhere is not a file")],
+)
+def test_a_path_that_is_wrong_is_not_diagnosed(words, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "log").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    assert error.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
