@@ -241,16 +241,34 @@ def choose_launcher(launcher: str | None, num_ranks: int | None) -> tuple[list[s
         ranks = num_ranks or 1
         local = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         return [sys.executable, *(local if ranks > 1 else [])], ranks, ranks
+    words = shlex.split(launcher)
+    if not words:
+        raise ValueError("--launcher is empty; leave it out to start the ranks by torchrun on this host")
     per_host = re.search(r"--nproc[-_]per[-_]node[= ](\d+)", launcher)
-    hosts = re.search(r"--nnodes[= ](\d+)(?![\d:])", launcher)
+    hosts = count_hosts(words)
     local = int(per_host[1]) if per_host else None
-    told = local * (int(hosts[1]) if hosts else 1) if local else None
+    told = local * (hosts or 1) if local else None
     if num_ranks is None and told is None:
         raise ValueError(f"--launcher {launcher!r} does not say how many ranks it starts (--nproc_per_node N); add --num_ranks N")
     if num_ranks is not None and told is not None and hosts and num_ranks != told:
         raise ValueError(f"--num_ranks {num_ranks} and --launcher {launcher!r}, which starts {told}, differ; leave --num_ranks out")
     ranks = num_ranks or told
-    return shlex.split(launcher), ranks, local or ranks
+    if ranks % (hosts or 1):
+        raise ValueError(f"--num_ranks {ranks} must be divisible by the {hosts} hosts of --launcher {launcher!r}; each starts as many")
+    return words, ranks, local or ranks // (hosts or 1)
+
+
+def count_hosts(words: Sequence[str]) -> int | None:
+    """Hosts that a launcher names: --nnodes of torchrun, --nodes or -N of srun, which without them takes those of the job it is in."""
+    text = " ".join(words)
+    named = re.search(r"--nnodes[= ](\d+)(?![\d:])", text)
+    is_srun = Path(words[0]).name == "srun"
+    if named is None and is_srun:
+        named = re.search(r" (?:--nodes[= ]|-N ?)(\d+)(?![\d-])", text)
+    if named:
+        return int(named[1])
+    nodes = os.environ.get("SLURM_NNODES") if is_srun else None
+    return int(nodes) if nodes else None
 
 
 def main(argv: list[str] | None = None) -> int:
