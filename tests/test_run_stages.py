@@ -146,6 +146,29 @@ def test_weights_of_stages_before_a_finished_one_may_be_removed(place, capsys) -
     assert place.run() == 0 and [call["stage"] for call in place.calls()] == ["three"]
 
 
+def test_inputs_of_finished_stages_may_be_removed(place, capsys) -> None:
+    """What the first one began with, and its data and tokenizer: only a stage that is to be trained needs them."""
+    start, own = place.folder / "start", place.folder / "own"
+    for folder, name, text in ((start, "complete.json", "{}"), (own, "dataset.json", '{"hash": "3"}')):
+        folder.mkdir()
+        (folder / name).write_text(text)
+    shutil.copy(place.folder / "tokenizer.model", own / "tokenizer.model")
+    place.chain["stages"][0]["flags"] = {"data.train": ["own"], "data.tokenizer": "own/tokenizer.model"}
+    (place.folder / "fault_three").write_text("fail")
+    flags = ("--from_checkpoint", str(start))
+    assert place.run(*flags) == 3
+    shutil.rmtree(start)
+    shutil.rmtree(own)
+    (place.folder / "fault_three").unlink()
+    place.calls()
+    assert place.run(*flags) == 0 and [call["stage"] for call in place.calls()] == ["three"]
+    assert place.run(*flags) == 0 and place.calls() == []
+    assert place.run("--restart_from", "two", *flags) == 0 and len(place.calls()) == 2
+    assert "stage one: data.train" in place.refused("--restart_from", "one", *flags)
+    assert place.run(*flags) == 0 and place.calls() == []  # and nothing was removed
+    assert "stage one in" in place.refused("--stages.one.training.steps", "2", *flags)
+
+
 def test_dry_run_of_a_restart(place, capsys) -> None:
     assert place.run() == 0 and len(place.calls()) == 3
     capsys.readouterr()

@@ -288,7 +288,8 @@ def main(argv: list[str] | None = None) -> int:
         launcher, num_ranks, ranks_per_host = choose_launcher(arguments.launcher, arguments.num_ranks)
         chain = read_chain(arguments.chain, overrides)
         start = arguments.from_checkpoint and arguments.from_checkpoint.absolute()
-        planned = plan_chain(chain, output_dir, start, num_ranks=num_ranks, ranks_per_host=ranks_per_host)
+        ranks = {"num_ranks": num_ranks, "ranks_per_host": ranks_per_host}
+        planned = plan_chain(chain, output_dir, start, **ranks, restart_from=arguments.restart_from)
         if arguments.dry_run:
             done = first_open(planned)
             if arguments.restart_from:

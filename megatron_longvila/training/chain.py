@@ -25,7 +25,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,18 +175,23 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
     return Chain(str(raw.get("name") or path.stem), tuple(stages))
 
 
-def plan_chain(chain: Chain, output_dir: Path, start: Path | None, *, num_ranks: int, ranks_per_host: int) -> list[Planned]:
+def plan_chain(
+    chain: Chain, output_dir: Path, start: Path | None, *, num_ranks: int, ranks_per_host: int, restart_from: str | None = None
+) -> list[Planned]:
     """Check every stage as its training command will, and that the weights of each fit the next.
+
+    What a finished stage was trained from may be gone: its record says what it was.
 
     Args:
         start: checkpoint the first stage begins with; None leaves it to the first stage's configuration.
+        restart_from: the stage from which on nothing counts as finished.
 
     Raises:
         ValueError: names the stage, the value, the rule and the way out.
     """
     planned: list[Planned] = []
     for stage in chain.stages:
-        try:
+        with _about(stage):
             config = parse(stage.argv)
             if config.checkpoint.load and (planned or start):
                 raise ValueError("checkpoint.load is what the stage before wrote (--from_checkpoint for the first); leave it out")
@@ -195,19 +201,32 @@ def plan_chain(chain: Chain, output_dir: Path, start: Path | None, *, num_ranks:
             if start and not planned:
                 config = replace(config, checkpoint=replace(config.checkpoint, load=str(start)))
             config = resolve(config, world_size=num_ranks, gpus_per_host=ranks_per_host)
-            check_inputs(config)
-            check_mixture(config.data)
-            if not planned and config.checkpoint.load and not hash_mark(Path(config.checkpoint.load)):
-                raise ValueError(f"checkpoint.load={config.checkpoint.load} holds no {COMPLETE}: give a complete checkpoint folder")
             merges = config.model.lora.rank > 0 if stage.merge_lora is None else stage.merge_lora
             _check_merge(stage, config, merges, is_last=stage is chain.stages[-1])
             if planned:
                 _check_fit(planned[-1], config)
-        except ValueError as error:
-            raise ValueError(f"stage {stage.name}: {error}") from None
-        mark = planned[-1].digest if planned else hash_mark(Path(config.checkpoint.load)) if config.checkpoint.load else "fresh weights"
-        planned.append(Planned(stage, Path(config.output_dir), config, merges, _facts(config, mark)))
+            planned.append(Planned(stage, Path(config.output_dir), config, merges, facts={}))
+    done = first_open(planned[: find_stage(planned, restart_from)] if restart_from else planned)
+    mark = "fresh weights"
+    for place, one in enumerate(planned):
+        with _about(one.stage):
+            recorded = one.record.get("facts", {}) if place < done else {}
+            if not recorded:
+                _check_inputs(one.config)
+            if one.config.checkpoint.load:
+                mark = hash_mark(Path(one.config.checkpoint.load)) or recorded["input"]
+            planned[place] = one = replace(one, facts=_facts(one.config, mark, recorded))
+        mark = one.digest
     return planned
+
+
+@contextmanager
+def _about(stage: Stage) -> Iterator[None]:
+    """Whatever is refused inside names the stage."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stage {stage.name}: {error}") from None
 
 
 def check_finished(planned: Sequence[Planned]) -> list[str]:
@@ -332,15 +351,29 @@ def _check_fit(before: Planned, config: Config) -> None:
         raise ValueError(f"the weights of stage {before.stage.name} do not fit: {', '.join(wrong)}; use one model in all stages")
 
 
-def _facts(config: Config, mark: str) -> dict[str, Any]:
-    """What the result of a stage depends on."""
+def _check_inputs(config: Config) -> None:
+    """What a stage that is to be trained reads is there."""
+    check_inputs(config)
+    load = config.checkpoint.load
+    if load and not hash_mark(Path(load)):
+        raise ValueError(f"checkpoint.load={load} holds no {COMPLETE}: give a complete checkpoint folder")
+
+
+def _facts(config: Config, mark: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What the result of a stage depends on. Data and tokenizer that are gone are taken from what was `recorded` of a finished one."""
     fields = {name: value for name, value in flatten(to_dict(config)).items() if not NEUTRAL.fullmatch(name)}
-    if config.data.mixture:
+    files = [config.data.registry] if config.data.mixture else [Path(folder, "dataset.json") for folder in config.data.train]
+    if recorded and not all(Path(file).is_file() for file in files):
+        fields["data"] = recorded["data"]
+    elif config.data.mixture:
+        check_mixture(config.data)
         datasets, mixture = open_training_data(config.data)
         fields["data"] = [*(dataset.hash for dataset in datasets), mixture.describe()]
     else:
         fields["data"] = [json.loads(Path(folder, "dataset.json").read_text())["hash"] for folder in config.data.train]
-    return json.loads(json.dumps(fields | {"tokenizer": load_tokenizer(config.data.tokenizer).hash, "input": mark}))
+    gone = recorded and not Path(config.data.tokenizer).exists()
+    tokenizer = recorded["tokenizer"] if gone else load_tokenizer(config.data.tokenizer).hash
+    return json.loads(json.dumps(fields | {"tokenizer": tokenizer, "input": mark}))
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
