@@ -103,7 +103,7 @@ def resolve_mesh(
         ulysses_size = max(1, cp_size // ring_size) if ring_size else None
     if ulysses_size is None:
         local = Heads(max(1, num_heads // tp_size), max(1, num_kv_heads // tp_size), head_dim)
-        machine = Machine(gpus_per_host, parallel.host_gb_per_s, parallel.network_gb_per_s)
+        machine = Machine(min(gpus_per_host, world_size), parallel.host_gb_per_s, parallel.network_gb_per_s)
         ulysses_size = auto_ulysses(cp_size, tp_size=tp_size, heads=local, row=row, machine=machine)
     if ring_size is None:
         ring_size = max(1, cp_size // ulysses_size)

@@ -55,6 +55,10 @@ class Machine:
     attention_tflops: float = 545.0
     memory_tb_per_s: float = 4.0
 
+    def holds(self, size: int) -> bool:
+        """Whether every group of `size` neighbours, which begins at a multiple of it, stays on one host."""
+        return self.gpus_per_host % size == 0
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -117,13 +121,13 @@ def attention_cost(heads: Heads, row: Row, ulysses_size: int, ring_size: int, tp
     all_to_all = ring = 0.0
     memory = machine.memory_tb_per_s * 1e12
     if ulysses_size > 1:
-        speed = machine.host_gb_per_s if ulysses_size * tp_size <= machine.gpus_per_host else machine.network_gb_per_s
+        speed = machine.host_gb_per_s if machine.holds(ulysses_size * tp_size) else machine.network_gb_per_s
         own = length / cp_size * head_bytes  # of one head
         for num_heads in (heads.num_heads + 2 * heads.num_kv_heads, heads.num_heads):
             leaving = num_heads * own * (ulysses_size - 1) / ulysses_size
             all_to_all += 2 * (machine.latency_s + leaving / (speed * 1e9) + PACKING_PASSES * num_heads * own / memory)
     if ring_size > 1:
-        one_host = cp_size * tp_size <= machine.gpus_per_host
+        one_host = machine.holds(cp_size * tp_size)
         speed = machine.host_gb_per_s if one_host else machine.network_gb_per_s
         queries, keys = (length / ring_size * n / ulysses_size * heads.head_dim for n in (heads.num_heads, 2 * heads.num_kv_heads))
         transfer = (1 if one_host else ring_size - 1) * machine.latency_s + keys * BYTES * (ring_size - 1) / (speed * 1e9)
@@ -146,7 +150,7 @@ def rank_meshes(heads: Heads, row: Row, cp_size: int, tp_size: int, machine: Mac
     sizes = [
         size
         for size in range(1, cp_size + 1)
-        if cp_size % size == 0 and heads.num_kv_heads % size == 0 and (size == 1 or size * tp_size <= machine.gpus_per_host)
+        if cp_size % size == 0 and heads.num_kv_heads % size == 0 and (size == 1 or machine.holds(size * tp_size))
     ]
     costs = [attention_cost(heads, row, size, cp_size // size, tp_size, machine) for size in sizes]
     largest, cheapest = costs[-1], min(costs, key=lambda cost: cost.total_s)

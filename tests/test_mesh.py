@@ -38,14 +38,14 @@ def test_auto_everything_is_data_parallel():
 def test_auto_is_the_largest_legal_ulysses_on_fast_links(model, length):
     """For every world up to 64, every tp and cp that divide it."""
     num_heads, num_kv_heads = HEADS[model]
-    for world_size, host in itertools.product((1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64), (1, 4, 8)):
+    for world_size, host in itertools.product((1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64), (1, 4, 6, 8)):
         for tp_size in (size for size in (1, 2, 4, 8) if world_size % size == 0 and num_heads % size == 0):
             local_kv_heads = max(1, num_kv_heads // tp_size)
             for cp_size in (size for size in range(1, world_size // tp_size + 1) if world_size // tp_size % size == 0):
                 mesh = resolve(world_size, HEADS[model], host, Row(length), tp_size=tp_size, cp_size=cp_size)
                 legal = [size for size in range(1, cp_size + 1) if cp_size % size == 0 and local_kv_heads % size == 0]
                 assert mesh.cp_size == cp_size and mesh.dp_size * tp_size * cp_size == world_size
-                assert mesh.ulysses_size == max(size for size in legal if size == 1 or size * tp_size <= host)
+                assert mesh.ulysses_size == max(size for size in legal if size == 1 or min(host, world_size) % (size * tp_size) == 0)
 
 
 def test_two_of_three_sizes_decide_the_third():
@@ -147,6 +147,10 @@ def test_auto_ulysses_stays_on_the_host():
     assert resolve(16, (32, 8), 8, tp_size=2, cp_size=8).ulysses_size == 4
     assert resolve(8, (32, 8), 4, cp_size=8).ulysses_size == 4
     assert resolve(6, (8, 4), 8, cp_size=6).ulysses_size == 2
+    # Ranks 4 to 7 of ulysses 4 would be on two hosts of 6; pairs are not, and one host holds all 4 ranks.
+    assert resolve(12, (8, 4), 6, cp_size=4).ulysses_size == resolve(24, (8, 4), 6, cp_size=8).ulysses_size == 2
+    assert resolve(12, (8, 8), 6, tp_size=2, cp_size=2).ulysses_size == 1
+    assert resolve(4, (8, 4), 6, cp_size=4).ulysses_size == 4
 
 
 def test_the_choice_is_explained(caplog):
