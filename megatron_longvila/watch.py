@@ -64,12 +64,18 @@ class Watched:
 
 
 class Watch:
-    """Watches the ranks `ranks` of one host, children of the launcher `agent`."""
+    """Watches the ranks `ranks` of one host, children of the launcher `agent`.
+
+    Attributes:
+        waits: of each rank with a stall on record, the record's time, and when it was seen to change (monotonic, None: not yet).
+        failed_before: what `find_failed` found when the watch began: of an earlier job.
+    """
 
     def __init__(self, run_dir: Path, host: str, agent: int, ranks: range, timeout_s: float):
         self.run_dir, self.host, self.agent, self.ranks, self.timeout_s = run_dir, host, agent, ranks, timeout_s
         self.watched: dict[int, Watched] = {}
-        self.began_s = time.time()
+        self.waits: dict[int, tuple[float, float | None]] = {}
+        self.failed_before = self.find_failed()
         self.tick_s = min(LONGEST_TICK_S, timeout_s / (2 * LOOKS))
 
     def run(self) -> None:
@@ -145,9 +151,10 @@ class Watch:
                 logger.error("rank %d (pid %d) goes on", one.rank, one.pid)
         late = [one for one in alive if now - one.beat["time_s"] > old and one.beat["phase"] != ENDED]
         if not late:
+            self.waits.clear()
             return
-        stalls = read_records(self.run_dir, "stall", now - old)
-        waiting = {rank: now - stall["since_s"] for rank, stall in stalls.items() if stall["waits_in"]}
+        stalls = self.find_stalls(old)
+        waiting = {rank: stall["time_s"] - stall["since_s"] for rank, stall in stalls.items() if stall["waits_in"]}
         waited_s = max(waiting.values(), default=0.0)
         for one in late:
             if one.rank in waiting:
@@ -161,10 +168,28 @@ class Watch:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(one.pid, signal.SIGKILL)
 
+    def find_stalls(self, old_s: float) -> dict[int, dict[str, Any]]:
+        """The stalls of all ranks that were written again within `old_s`, while this looked on: a stalled rank writes once a look.
+
+        Hosts have clocks of their own: times of one record can be compared with each other, and no more.
+        """
+        stalls, now = read_records(self.run_dir, "stall"), time.monotonic()
+        for rank, stall in stalls.items():
+            written_s, _ = self.waits.get(rank, (None, None))
+            if written_s != stall["time_s"]:
+                self.waits[rank] = stall["time_s"], None if written_s is None else now
+        changed = {rank: changed_s for rank, (_, changed_s) in self.waits.items() if changed_s is not None}
+        return {rank: stall for rank, stall in stalls.items() if rank in changed and now - changed[rank] <= old_s}
+
+    def find_failed(self) -> set[tuple[int, float]]:
+        """(rank, time by its own clock) of every exception and lost rank on record."""
+        failed = read_records(self.run_dir, "failure").items()
+        lost = [(rank, seen) for rank, seen in read_records(self.run_dir, "seen").items() if seen["cause"] == "lost"]
+        return {(rank, record["time_s"]) for rank, record in (*failed, *lost)}
+
     def job_has_failed(self) -> bool:
         """Whether a rank has recorded an exception, or was lost, since this watch began. (NCCL's time-out aborts: no exception tells.)"""
-        seen = read_records(self.run_dir, "seen", self.began_s)
-        return bool(read_records(self.run_dir, "failure", self.began_s)) or any(one["cause"] == "lost" for one in seen.values())
+        return bool(self.find_failed() - self.failed_before)
 
     def name(self, one: Watched, waiting: list[dict[str, Any]], stall: dict[str, Any] | None) -> None:
         """Write down what can be seen of a rank for which the others wait."""

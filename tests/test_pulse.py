@@ -244,8 +244,8 @@ def write_beat(run_dir: Path, rank: int, pid: int, host: str = "here", **values)
     write_record(path, stamp | {"step": 4, "phase": "step", "sample_ids": ["clip"]} | values)
 
 
-def write_wait(run_dir: Path, rank: int, since_s: float) -> None:
-    stall = {"rank": rank, "time_s": time.time(), "since_s": since_s, "waits_in": "all_reduce at a.py:1 in f", "stack": ""}
+def write_wait(run_dir: Path, rank: int, since_s: float, time_s: float | None = None) -> None:
+    stall = {"rank": rank, "time_s": time_s or time.time(), "since_s": since_s, "waits_in": "all_reduce at a.py:1 in f", "stack": ""}
     write_record(record_path(run_dir, "stall", rank), stall)
 
 
@@ -306,6 +306,51 @@ def test_the_watch_names_a_stuck_rank_takes_it_back_and_ends_it_when_the_job_fal
     write_record(record_path(run_dir, kind, 2), {"rank": 2, "time_s": time.time()} | values)  # a peer's collective has timed out
     wait_for(lambda: named() and not is_running(stuck.pid))
     assert exit_status(stuck.pid) == signal.SIGKILL
+
+
+@pytest.fixture
+def late(tmp_path: Path, monkeypatch):
+    """A watch over one process, rank 0, that has not beaten for 50 s of a limit of 60."""
+    monkeypatch.setattr("megatron_longvila.watch.stack_of", lambda pid: "")
+    (tmp_path / "failures").mkdir()
+    process = subprocess.Popen(["sleep", "100"])
+    write_beat(tmp_path, 0, process.pid, time_s=time.time() - 50)
+
+    def watch() -> Watch:
+        found = Watch(tmp_path, "here", os.getpid(), range(1), timeout_s=60.0)
+        found.find_ranks()
+        return found
+
+    yield watch, process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("ahead_s", [-3600.0, -12.0, 3600.0])
+def test_the_watch_does_not_compare_the_clocks_of_hosts(ahead_s: float, late, tmp_path: Path) -> None:
+    """A peer whose host has another time waits for 35 s, then times out."""
+    there_s = time.time() + ahead_s
+    write_record(record_path(tmp_path, "failure", 2), {"time_s": there_s - 1000})  # of an earlier job
+    watch = late[0]()
+    for waited_s in (1, 3, 25, 27, 33, 35):
+        assert (0 in read_records(tmp_path, "seen")) == (waited_s > 33), waited_s
+        write_wait(tmp_path, 1, there_s, time_s=there_s + waited_s)
+        watch.look(list(watch.watched.values()))
+    record = read_records(tmp_path, "seen")[0]
+    assert record["cause"] == "stuck" and [round(one["waited_s"]) for one in record["waiting"]] == [33]
+    assert is_running(late[1].pid)
+    write_record(record_path(tmp_path, "failure", 1), {"time_s": there_s + 36})
+    watch.look(list(watch.watched.values()))
+    wait_for(lambda: not is_running(late[1].pid))
+
+
+def test_the_watch_does_not_take_the_last_word_of_a_rank_for_its_state(late, tmp_path: Path) -> None:
+    """A wait that nobody writes down again is none."""
+    write_wait(tmp_path, 1, time.time() - 40)
+    watch = late[0]()
+    for _ in range(3):
+        watch.look(list(watch.watched.values()))
+    assert not read_records(tmp_path, "seen")
 
 
 def test_the_watch_leaves_ranks_alone_that_nobody_waits_for(job) -> None:
