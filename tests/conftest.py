@@ -15,6 +15,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest  # noqa: E402
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight H.264 videos with one question each, preprocessed by the tool, and a tokenizer; tests only read them."""
+    from programs import write_question_videos
+
+    folder = tmp_path_factory.mktemp("data")
+    write_question_videos(folder)
+    return folder
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked gpu run only where they were asked for."""
     if os.environ.get("LONGVILA_GPU_TESTS"):

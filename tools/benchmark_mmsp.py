@@ -33,7 +33,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from benchmark_plots import plot_front  # noqa: E402
-from benchmark_rows import Results, measure  # noqa: E402
+from benchmark_rows import Results, add_rows, measure  # noqa: E402
 from collective_pairs import gather_rows  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -227,14 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.plot:
         plot_front(json.loads(arguments.output.read_text()), arguments.output)
         return
-    if not dist.is_initialized():
-        platform.init_distributed(600)
-    results = Results(arguments.output, "tools/benchmark_mmsp.py", allow_other_commit=arguments.allow_other_commit)
-    run(arguments, results)
-    results.write()
+    add_rows("tools/benchmark_mmsp.py", arguments, run)
 
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        platform.shutdown_distributed()

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -203,6 +204,18 @@ class Results:
                 unfinished = path.with_suffix(".tmp")
                 unfinished.write_text(json.dumps(value, indent=1) + "\n")
                 unfinished.replace(path)
+
+
+def add_rows(tool: str, arguments: Namespace, run: Callable[[Namespace, Results], None]) -> None:
+    """Let `run` measure what the rows of arguments.output lack, in the job that torchrun started or that the caller has joined."""
+    joins = not dist.is_initialized()
+    if joins:
+        platform.init_distributed(600)
+    results = Results(arguments.output, tool, allow_other_commit=arguments.allow_other_commit)
+    run(arguments, results)
+    results.write()
+    if joins:
+        platform.shutdown_distributed()
 
 
 def _refuse_other_ranks(path: Path, rows: list[dict], facts: dict, simulated_ranks: int | None) -> None:

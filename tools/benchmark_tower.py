@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from benchmark_mmsp import tower_flops  # noqa: E402
-from benchmark_rows import Results, measure  # noqa: E402
+from benchmark_rows import Results, add_rows, measure  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_longvila import platform  # noqa: E402
@@ -138,15 +138,8 @@ def run(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
-    if not dist.is_initialized():
-        platform.init_distributed(600)
-    results = Results(arguments.output, "tools/benchmark_tower.py", allow_other_commit=arguments.allow_other_commit)
-    run(arguments, results)
-    results.write()
+    add_rows("tools/benchmark_tower.py", parse(argv), run)
 
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        platform.shutdown_distributed()

@@ -15,20 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from programs import ROOT, environment, read_lines, start, write_question_videos
+from programs import ROOT, environment, read_lines, start
 from small_disk import small_disk
 
 pytestmark = pytest.mark.kill
 
 TIMEOUT_S = 12  # parallel.timeout_s of the ranks here
 LAUNCHER_S = 10  # what torchrun and the interpreter take to leave, on a busy machine
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_question_videos(folder)
-    return folder
 
 
 def command(data: Path, output: Path, *flags: object, harm: tuple | None = None) -> list[str]:

@@ -5,17 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from programs import question_training, read_lines, send_signal, start, write_question_videos
+from programs import question_training, read_lines, send_signal, start
 
 pytestmark = pytest.mark.end_to_end
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Eight H.264 videos with one question each, preprocessed by the tool, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("data")
-    write_question_videos(folder)
-    return folder
 
 
 def run(command: list) -> str:

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
-from programs import question_training, read_lines, send_signal, start, write_question_videos
+from programs import question_training, read_lines, send_signal, start
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_question_videos(folder)
-    return folder
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -5,7 +5,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from programs import write_question_videos
 from slurm_cluster import Cluster, missing_programs, running_cluster
 
 pytest.register_assert_rewrite("slurm_beside")
@@ -17,14 +16,6 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         pytest.skip(f"no {', '.join(missing)} on this machine: sudo apt-get install slurm-wlm munge")
     with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """Eight H.264 videos with one question each, preprocessed by the tool, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("data")
-    write_question_videos(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
