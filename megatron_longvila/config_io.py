@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
+import os
 import re
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
@@ -34,8 +36,12 @@ def parse(argv: Sequence[str], *, prog: str | None = None) -> Config:
     Raises ValueError for a missing file, an unknown key (with the nearest known ones) or a value of the wrong type.
     """
     parser = _parser(prog)
+    words = _files_first(argv)
+    for path in _files(words):
+        if path.is_file():  # else the parser says so
+            _check_file(path)
     try:
-        namespace = parser.parse_args(_files_first(argv))
+        namespace = parser.parse_args(words)
     except ArgumentError as error:
         raise ValueError(_explain(str(error))) from None
     return _build(parser, namespace)
@@ -57,8 +63,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def save(config: Config, path: str | Path) -> None:
-    """Write every field as YAML; `--config PATH` reads it back to an equal Config."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    """Write every field as YAML; `--config PATH` reads it back to an equal Config. A file that is there stays if the disk is full."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    os.replace(temporary, path)
 
 
 def load(path: str | Path) -> Config:
@@ -84,6 +93,56 @@ def _files_first(argv: Sequence[str]) -> list[str]:
     return files + flags
 
 
+def _files(words: Sequence[str]) -> list[Path]:
+    """The configuration files among the words of a command line."""
+    named = [value for word, value in itertools.pairwise(words) if word == "--config"]
+    return [Path(path) for path in named + [word.partition("=")[2] for word in words if word.startswith("--config=")]]
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what the parser reads without a word as something else than it says, or not at all. Raises ValueError."""
+    try:
+        node = yaml.compose(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from None
+    if node is None:
+        raise ValueError(f"--config {path} is empty; give it fields, or leave it out")
+    refuse_repeated_keys(node, str(path))
+    _check_sections(node, Config, str(path))
+
+
+def refuse_repeated_keys(node: yaml.Node, where: str) -> None:
+    """Raise ValueError for a key that stands twice in a mapping of a YAML document: the first would be dropped without a word."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    lines: dict[Any, int] = {}
+    for key, _ in pairs:
+        if key.value in lines:
+            there = f"lines {lines[key.value]} and {key.start_mark.line + 1}"
+            raise ValueError(f"{where}: {key.value} stands twice, in {there}, and only the last would count; keep one")
+        lines[key.value] = key.start_mark.line + 1
+    for inner in [value for _, value in pairs] or (node.value if isinstance(node, yaml.SequenceNode) else []):
+        refuse_repeated_keys(inner, where)
+
+
+def _check_sections(node: yaml.Node, cls: type, where: str) -> None:
+    """Raise ValueError unless a document, and every part of it that is a dataclass, is a mapping."""
+    if not isinstance(node, yaml.MappingNode):
+        found = repr(node.value) if isinstance(node, yaml.ScalarNode) and node.value else "a list" if node.value else "nothing"
+        raise ValueError(f"{where} must be a mapping of fields and holds {found}; give it fields, or leave it out")
+    sections = {name: type(default) for name, default in _defaults(cls).items() if dataclasses.is_dataclass(default)}
+    for key, value in node.value:
+        if key.value in sections:
+            _check_sections(value, sections[key.value], f"{where}, {key.value}")
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """Fields of a dataclass and what they are if not given."""
+    return {
+        field.name: field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        for field in dataclasses.fields(cls)
+    }
+
+
 def _explain(message: str) -> str:
     """jsonargparse's message, with the nearest known fields if it is about an unknown one."""
     if "Expected a <class 'list'>" in message:
@@ -100,8 +159,7 @@ def _explain(message: str) -> str:
 def _field_names(cls: type, prefix: str = "") -> list[str]:
     """Dotted names of all leaves of a dataclass tree."""
     names = []
-    for field in dataclasses.fields(cls):
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    for name, default in _defaults(cls).items():
         inner = dataclasses.is_dataclass(default)
-        names += _field_names(type(default), f"{prefix}{field.name}.") if inner else [f"{prefix}{field.name}"]
+        names += _field_names(type(default), f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return names

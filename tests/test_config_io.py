@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from megatron_longvila.config import Config, RopeScaling
 from megatron_longvila.config_check import check
@@ -70,6 +72,14 @@ def test_mistakes_are_refused_by_name(argv, words):
         ("model: {llm: {hiden_size: 3}}", ["model", "llm.hiden_size", "nearest fields: model.llm.hidden_size"]),
         ("optimzer: {lr: 1}", ["optimzer.lr", "nearest fields: optimizer.lr"]),
         ("optimizer: {lr: fast}", ["optimizer.lr", "fast"]),
+        ("optimizer: {lr: 1.0}\ntraining:\n  # steps: 3\n", ["bad.yaml, training must be a mapping of fields and holds nothing"]),
+        ("model: {llm: 3}", ["bad.yaml, model, llm must be a mapping of fields and holds '3'"]),
+        ("training: [steps]", ["bad.yaml, training must be a mapping of fields and holds a list"]),
+        ("- 1", ["bad.yaml must be a mapping of fields and holds a list"]),
+        ("# nothing", ["bad.yaml is empty"]),
+        ("training: {steps: 3", ["bad.yaml cannot be read", "line 1"]),
+        ("training:\n  steps: 3\ndata: {}\ntraining: {seed: 1}", ["bad.yaml: training stands twice, in lines 1 and 4"]),
+        ("training: {steps: 3, steps: 4}", ["bad.yaml: steps stands twice"]),
     ],
 )
 def test_unknown_keys_in_files_are_refused(tmp_path, text, words):
@@ -91,6 +101,18 @@ def test_saved_configuration_reads_back_equal(tmp_path, files):
     save(config, tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml") == config
     assert from_dict(to_dict(config)) == config
+
+
+def test_a_saved_configuration_outlives_a_full_disk(tmp_path):
+    """A run that finds no room in the end must be there to be resumed."""
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        save(Config(), disk / "config.yaml")
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as stream:
+            while stream.write(b"x" * 4096):
+                pass
+        with pytest.raises(OSError, match="No space left"):
+            save(Config(output_dir="x" * 8192), disk / "config.yaml")
+        assert load(disk / "config.yaml") == Config()
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
