@@ -16,6 +16,7 @@ from programs import ROOT, environment, load_script
 from tiny_tokenizers import write_sentencepiece
 
 from megatron_longvila.data.preprocess import Options, preprocess
+from megatron_longvila.training.chain import read_chain
 
 TOOL = ROOT / "tools" / "run_stages.py"
 TINY = str(ROOT / "examples" / "models" / "tiny.yaml")
@@ -312,6 +313,13 @@ def test_parts_that_are_not_taken_over_need_not_fit(place) -> None:
     place.chain["stages"][0]["flags"] = {"model.llm.ffn_hidden_size": 256}
     place.chain["stages"][1]["flags"] |= {"checkpoint.load_parts": ["vision"]}
     assert place.run() == 0
+
+
+def test_a_key_that_stands_twice_in_a_chain_file_is_refused(tmp_path) -> None:
+    path = tmp_path / "chain.yaml"
+    path.write_text("stages:\n- name: one\n  flags: {training.steps: 3}\n  flags: {training.seed: 1}\n")
+    with pytest.raises(ValueError, match="chain.yaml: flags stands twice, in lines 3 and 4"):
+        read_chain(path)
 
 
 def test_refused_flags(place) -> None:

@@ -36,7 +36,7 @@ import yaml
 from megatron_longvila.checkpoint.origin import COMPLETE, hash_mark
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check_inputs, resolve
-from megatron_longvila.config_io import parse, to_dict
+from megatron_longvila.config_io import parse, refuse_repeated_keys, to_dict
 from megatron_longvila.data.text import load_tokenizer
 from megatron_longvila.data.training_data import check_mixture, open_training_data
 
@@ -149,7 +149,9 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
             stage.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        refuse_repeated_keys(yaml.compose(text), f"{path}")
+        raw = yaml.safe_load(text)
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"--chain {path} cannot be read: {error}") from None
     _check_keys(raw, f"{path}", required=("stages",), optional=("name", "base", "tokenizer", "flags"))
