@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,7 +26,10 @@ def check(config: Config, world_size: int) -> Mesh:
 
     Reads no file and imports no torch: `check_inputs` and `check_device` look at the disk and at the machine.
     """
+    _check_finite(config)
     _check_positive(config)
+    if not config.output_dir:
+        raise ValueError("output_dir='' must name a folder, or the run would be strewn over the current one; set --output_dir DIR")
     check_model(config)
     mesh = _mesh(config, world_size)
     _check_parallel(config, mesh)
@@ -126,12 +129,27 @@ def check_device(config: Config) -> None:
             raise ValueError(f"{name}={value!r} needs a CUDA device and this machine shows none; use --{name} {otherwise}")
 
 
+def _check_finite(part: object, prefix: str = "") -> None:
+    """No field is infinite, and none is `nan`, which would pass the rules below: it is neither above nor below anything."""
+    for field in fields(part):
+        name, value = prefix + field.name, getattr(part, field.name)
+        if is_dataclass(value):
+            _check_finite(value, f"{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be a finite number; give one, or leave it out for the default")
+
+
 def _check_positive(config: Config) -> None:
     """Counts that make no sense below one (or zero)."""
     vision, llm, video = config.model.vision, config.model.llm, config.data.video
     for prefix, part, names in (
-        ("model.vision", vision, "image_size patch_size hidden_size ffn_hidden_size num_attention_heads frames_per_micro_batch"),
-        ("model.llm", llm, "hidden_size ffn_hidden_size num_layers num_attention_heads num_query_groups head_dim vocab_size"),
+        (
+            "model.vision",
+            vision,
+            "image_size patch_size hidden_size ffn_hidden_size num_attention_heads frames_per_micro_batch layernorm_epsilon",
+        ),
+        ("model.llm", llm, "hidden_size ffn_hidden_size num_layers num_attention_heads num_query_groups head_dim vocab_size norm_epsilon"),
+        ("model", config.model, "init_std"),
         ("data", config.data, "context_length global_batch_size"),
         ("data.video", video, "num_frames fps timeout_s"),
         ("parallel", config.parallel, "tp_size pp_size timeout_s"),

@@ -64,6 +64,11 @@ RULES = {
         ["overlap_param_gather=true", "overlap_grad_reduce true"],
         "--parallel.overlap_param_gather true",
     ),
+    "never": ("--parallel.timeout_s .inf", 1, ["parallel.timeout_s=inf", "finite"], "--parallel.timeout_s 86400"),
+    "no number": ("--optimizer.weight_decay .nan", 1, ["optimizer.weight_decay=nan", "finite"], "--optimizer.weight_decay 0.0"),
+    "spread": ("--model.init_std -0.02", 1, ["model.init_std=-0.02", "positive", "0.02"], "--model.init_std 0.02"),
+    "norm epsilon": ("--model.llm.norm_epsilon 0", 1, ["model.llm.norm_epsilon=0", "1e-06"], "--model.llm.norm_epsilon 1e-5"),
+    "no folder": ("--output_dir=", 1, ["output_dir=''", "--output_dir DIR"], "--output_dir=here"),
     "no host": ("--parallel.gpus_per_host 0", 1, ["gpus_per_host=0", "LOCAL_WORLD_SIZE"], "--parallel.gpus_per_host 1"),
     "batch over dp": (
         "--data.global_batch_size 6",
