@@ -13,7 +13,6 @@ from programs import load_script
 from megatron_longvila import config_io
 from megatron_longvila.config import ParallelConfig
 from megatron_longvila.config_io import save
-from megatron_longvila.evaluation.configuration import evaluation_config
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate_answers.py"
 
@@ -52,28 +51,6 @@ def test_the_mesh_is_that_of_this_job(tool, run_dir):
     assert config.data.evaluation == [f"{run_dir}/heldout"] and config.data.global_batch_size == 2
     assert (config.training.recompute, config.training.evaluation_rows) == ("none", 0)
     assert config.checkpoint.load == f"{run_dir}/step" and config.model.llm.hidden_size == 64
-
-
-def test_what_only_training_needs_is_left_behind(run_dir):
-    """The needle test has no held-out rows, and this machine neither W&B nor NVIDIA's apex."""
-    saved = run_dir / "step" / "config.yaml"
-    trained = config_io.load(saved)
-    trained = replace(
-        trained,
-        training=replace(trained.training, evaluation_interval=5),
-        optimizer=replace(trained.optimizer, backend="apex"),
-        logging=replace(trained.logging, wandb_project="somebody's"),
-    )
-    save(trained, saved)
-    config = evaluation_config(run_dir / "step", [], prog="x", world_size=1, gpus_per_host=1)
-    assert config.data.evaluation == [] and config.logging.wandb_project == "" and config.optimizer.backend == "torch"
-
-
-def test_unusable_samples_of_one_id_in_two_folders_are_two(tool):
-    folders = SimpleNamespace(path=Path("a")), SimpleNamespace(path=Path("b"))
-    index = SimpleNamespace(locate=lambda number: (folders[number // 10], SimpleNamespace(id=str(number % 10))))
-    found = tool.list_unusable(index, {13: "too long", 3: "no words"})
-    assert [(one["data"], one["sample_id"], one["reason"]) for one in found] == [("a", "3", "no words"), ("b", "3", "too long")]
 
 
 def test_flags_change_any_field(tool, run_dir):
