@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import time
 import uuid
 from collections import deque
@@ -26,7 +27,7 @@ PACE_STEPS = 50  # the ETA follows the mean of so many recent steps
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of one device, None if the name is not in the table (a CPU, for one)."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"{name}(?!\d)", device_name)), None)  # an A1000 is no A100
 
 
 @dataclass

@@ -57,7 +57,8 @@ def test_peak_table() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
     assert (peak_flops("NVIDIA H100 PCIe"), peak_flops("NVIDIA H100 NVL"), peak_flops("NVIDIA H200 NVL")) == (756e12, 835e12, 835e12)
     assert (peak_flops("NVIDIA B200"), peak_flops("NVIDIA GB200")) == (2250e12, 2500e12)
-    assert peak_flops("cpu") is None
+    assert peak_flops("cpu") is peak_flops("NVIDIA RTX A1000") is None
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
 
 
 def line(step: int, **values) -> dict:
