@@ -74,7 +74,9 @@ def check_inputs(config: Config) -> None:
         raise ValueError(
             "data.tokenizer='' must be a SentencePiece .model file or a Hugging Face tokenizer folder; set --data.tokenizer PATH"
         )
-    for name, path in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
+    # A run that goes on has its weights; only training.check_trainable may want the old ones, and looks for them where they were, too.
+    goes_on = config.checkpoint.resume and Path(config.output_dir, "checkpoints", "latest").is_file()
+    for name, path in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", "" if goes_on else config.checkpoint.load)):
         if path and not Path(path).exists():
             raise ValueError(f"{name}={path!r} does not exist; correct the path (relative paths start at {Path.cwd()})")
 

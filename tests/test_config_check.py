@@ -267,8 +267,14 @@ def test_inputs_must_exist(tmp_path):
         check_inputs(tiny(f"--data.train [{folder}] --data.tokenizer {tokenizer}"))
     tokenizer.touch()
     check_inputs(tiny(f"--data.train [{folder}] --data.tokenizer {tokenizer}"))
+    flags = f"--data.train [{folder}] --data.tokenizer {tokenizer} --checkpoint.load {tmp_path}/absent --output_dir {tmp_path}/run"
     with pytest.raises(ValueError, match="checkpoint.load=.*absent.*does not exist"):
-        check_inputs(tiny(f"--data.train [{folder}] --data.tokenizer {tokenizer} --checkpoint.load {tmp_path}/absent"))
+        check_inputs(tiny(flags))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "latest").touch()
+    check_inputs(tiny(flags))  # a run that goes on does not begin with it
+    with pytest.raises(ValueError, match="checkpoint.load=.*absent.*does not exist"):
+        check_inputs(tiny(f"{flags} --checkpoint.resume false"))
 
 
 def test_resolve_fills_every_auto():
