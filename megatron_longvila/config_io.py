@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +152,23 @@ def _explain(message: str) -> str:
     if not match:
         return message
     unknown = ".".join(word for word in match.groups() if word)
-    near = difflib.get_close_matches(unknown, _field_names(Config), n=3)
+    near = difflib.get_close_matches(unknown, field_names(), n=3)
     return f"{message}; nearest fields: {', '.join(near)}" if near else message
 
 
-def _field_names(cls: type, prefix: str = "") -> list[str]:
+def field_names(cls: type = Config, prefix: str = "") -> list[str]:
     """Dotted names of all leaves of a dataclass tree."""
     names = []
     for name, default in _defaults(cls).items():
         inner = dataclasses.is_dataclass(default)
-        names += _field_names(type(default), f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+        names += field_names(type(default), f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return names
+
+
+def name_fields(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of fields that may be written nested; one whose value is a mapping by itself stays whole."""
+    for name, value in nested.items():
+        if isinstance(value, Mapping) and f"{prefix}{name}" not in field_names():
+            yield from name_fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

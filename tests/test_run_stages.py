@@ -264,6 +264,10 @@ REFUSED = {
         "stage two: the weights of stage one do not fit: model.llm.ffn_hidden_size is .* there and 256 here",
     ),
     "save": (lambda chain: chain["flags"].update({"checkpoint.save_at_end": False}), "save_at_end=false leaves nothing"),
+    "nested own": (lambda chain: chain["flags"].update({"checkpoint": {"load": "x"}}), "checkpoint.load is set by the chain itself"),
+    "file": (lambda chain: chain["flags"].update({"config": "x.yaml"}), "config is a key of its own beside flags"),
+    "path": (lambda chain: chain["flags"].update({"data.train": [3]}), "data.train must be a path, or a list of them, not \\[3\\]"),
+    "files": (lambda chain: chain["stages"][0].update(config=[1]), "stage one: config must be a list of files, not \\[1\\]"),
     "own": (lambda chain: chain["flags"].update({"output_dir": "x"}), "output_dir is set by the chain itself"),
     "merge": (lambda chain: chain["stages"][0].update(merge_lora=True), "stage one: merge_lora is true and model.lora.rank=0"),
     "key": (lambda chain: chain["stages"][0].update(flag={}), "unknown key 'flag'; known are .*flags\\?"),
@@ -313,6 +317,18 @@ def test_parts_that_are_not_taken_over_need_not_fit(place) -> None:
     place.chain["stages"][0]["flags"] = {"model.llm.ffn_hidden_size": 256}
     place.chain["stages"][1]["flags"] |= {"checkpoint.load_parts": ["vision"]}
     assert place.run() == 0
+
+
+def test_fields_of_a_chain_file_may_be_nested(tmp_path) -> None:
+    """And are what they are in one word each: paths relative to the file, and no field that is a mapping itself is taken apart."""
+    path, scaling = tmp_path / "chain.yaml", {"factor": 2.0, "type": "linear"}
+    nested = {"data": {"train": ["rows"]}, "model": {"llm": {"rope_scaling": scaling}}}
+    flat = {"data.train": ["rows"], "model.llm.rope_scaling": scaling}
+    words = []
+    for flags in (nested, flat):
+        path.write_text(yaml.safe_dump({"stages": [{"name": "one", "flags": flags}]}))
+        words.append(read_chain(path).stages[0].argv)
+    assert words[0] == words[1] == ("--data.train", json.dumps([str(tmp_path / "rows")]), "--model.llm.rope_scaling", json.dumps(scaling))
 
 
 def test_a_key_that_stands_twice_in_a_chain_file_is_refused(tmp_path) -> None:

@@ -36,7 +36,7 @@ import yaml
 from megatron_longvila.checkpoint.origin import COMPLETE, hash_mark
 from megatron_longvila.config import Config
 from megatron_longvila.config_check import check_inputs, resolve
-from megatron_longvila.config_io import parse, refuse_repeated_keys, to_dict
+from megatron_longvila.config_io import name_fields, parse, refuse_repeated_keys, to_dict
 from megatron_longvila.data.text import load_tokenizer
 from megatron_longvila.data.training_data import check_mixture, open_training_data
 
@@ -299,17 +299,23 @@ def _check_kinds(raw: Mapping[str, Any], path: Path) -> None:
     kinds["merge_lora"] = (bool, "true or false")
     for where, part in [(f"{path}", raw), *((f"{path}, stage {stage['name']}", stage) for stage in raw["stages"])]:
         for key, (kind, said) in kinds.items():
-            if part.get(key) is not None and not isinstance(part[key], kind):
+            found = part.get(key)
+            named = all(isinstance(one, str) for one in found) if isinstance(found, list) else True
+            if found is not None and not (isinstance(found, kind) and named):
                 raise ValueError(f"{where}: {key} must be {said}, not {part[key]!r}")
 
 
 def _flags(fields: Mapping[str, Any], path: Path) -> list[str]:
     """Fields of a chain file as words of a command line; paths become absolute."""
     words = []
-    for name, value in fields.items():
+    for name, value in name_fields(fields):
         if name in OWN_FIELDS:
             raise ValueError(f"{path}: {name} is set by the chain itself (--output_dir, --from_checkpoint); leave it out")
+        if name == "config":
+            raise ValueError(f"{path}: config is a key of its own beside flags; write config: [{value}] there, or name it in base")
         if name in PATH_FIELDS:
+            if not all(isinstance(one, str) for one in (value if isinstance(value, list) else [value])):
+                raise ValueError(f"{path}: {name} must be a path, or a list of them, not {value!r}")
             resolve_one: Callable[[str], str] = lambda one: str((path.parent / one).absolute())  # noqa: E731
             value = [resolve_one(one) for one in value] if isinstance(value, list) else resolve_one(value)
         words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
