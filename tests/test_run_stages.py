@@ -384,6 +384,20 @@ def test_ranks_must_be_known(tool, monkeypatch) -> None:
         tool.choose_launcher("torchrun --nnodes 2 --nproc_per_node 8", 8)
 
 
+def test_a_heartbeat_of_an_earlier_start_is_not_asked_to_stop(tool, tmp_path) -> None:
+    """Whatever its time: that of a file on a shared disk is not this host's."""
+    beat = tmp_path / "heartbeat.json"
+    beat.write_text('{"pid": 1}')
+    os.utime(beat, (time.time() + 3600,) * 2)
+    before = tool.read_heartbeat(beat)
+    with subprocess.Popen(["sleep", "60"]) as launcher:
+        assert not tool.ask_to_stop(launcher, signal.SIGTERM, beat, before) and launcher.poll() is None
+        beat.write_text('{"pid": 2}')  # of a rank on another host
+        os.utime(beat, (1.0, 1.0))
+        assert tool.ask_to_stop(launcher, signal.SIGTERM, beat, before)
+        assert launcher.wait(timeout=20) == -signal.SIGTERM
+
+
 def test_a_signal_stops_the_chain_and_a_second_one_is_locked_out(place) -> None:
     (place.folder / "fault_two").write_text("wait")
     words = [sys.executable, str(TOOL), *place.words()]

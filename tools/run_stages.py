@@ -105,26 +105,34 @@ class Programs:
     def run(self, words: Sequence[str], run_dir: Path) -> int:
         """Run a program to its end and return its exit status. `run_dir` is the run directory of the training it does."""
         print("$", shlex.join(words), flush=True)
+        heartbeat = run_dir / "heartbeat.json"
+        before = read_heartbeat(heartbeat)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
         # The launcher inherits the lock: if this process is killed, no second chain can start beside the training that goes on.
         with subprocess.Popen(words, env=environment, pass_fds=[self._lock.fileno()]) as process:
-            start, told = time.time(), False
+            told = False
             while process.poll() is None:
                 if self.stop_requested and not told:
-                    told = ask_to_stop(process, self.stop_requested, run_dir / "heartbeat.json", start)
+                    told = ask_to_stop(process, self.stop_requested, heartbeat, before)
                 time.sleep(0.1)
         return process.returncode
 
 
-def ask_to_stop(launcher: subprocess.Popen, number: int, heartbeat: Path, start: float) -> bool:
-    """Make the training that `launcher` has run since `start` stop after its step. False as long as training has not begun.
+def read_heartbeat(path: Path) -> str:
+    """What training wrote last, empty before it has."""
+    return path.read_text() if path.exists() else ""
+
+
+def ask_to_stop(launcher: subprocess.Popen, number: int, heartbeat: Path, before: str) -> bool:
+    """Make the training of `launcher` stop after its step. False as long as the heartbeat is what it was `before` it was started.
 
     The signal goes to the rank that writes the heartbeat: one is enough, and torchrun would end its ranks without waiting for their
     checkpoint. If that rank runs on another host, the launcher gets the signal itself, as srun passes it on.
     """
-    if not heartbeat.exists() or heartbeat.stat().st_mtime < start:
+    beat = read_heartbeat(heartbeat)
+    if beat == before:  # its time is no sign: a shared disk may have a clock of its own
         return False
-    rank = json.loads(heartbeat.read_text())["pid"]
+    rank = json.loads(beat)["pid"]
     try:
         process = psutil.Process(launcher.pid)
         if rank in {process.pid, *(child.pid for child in process.children(recursive=True))}:
