@@ -14,7 +14,7 @@ import pytest
 from programs import environment
 
 from megatron_longvila.doctor import codecs
-from megatron_longvila.doctor.__main__ import find_first_node
+from megatron_longvila.doctor.__main__ import find_first_node, main
 from megatron_longvila.doctor.finding import NOTE, OK, PROBLEM, Finding, render
 from megatron_longvila.doctor.host import check_disk, check_speed, memory_limit
 from megatron_longvila.doctor.network import judge_pairs
@@ -157,3 +157,11 @@ def test_the_limit_it_reads_is_this_one(tmp_path: Path) -> None:
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     value = next(one.value for one in check_limits() if one.name == "open files")
     assert value.startswith(f"{soft} ")
+
+
+@pytest.mark.parametrize("flag", ["--disk_mib", "--exchange_mib", "--timeout_s"])
+def test_a_size_that_measures_nothing_is_refused(flag: str, capsys) -> None:
+    """No bytes in no time were a slow disk."""
+    with pytest.raises(SystemExit) as error:
+        main([flag, "0"])
+    assert error.value.code == 2 and f"{flag} 0" in capsys.readouterr().err

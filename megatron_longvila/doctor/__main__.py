@@ -100,6 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--exchange_mib", type=int, default=64, help="MiB of the all-reduce between ranks")
     parser.add_argument("--timeout_s", type=float, default=120.0, help="limit of every exchange between ranks once all have joined")
     options = parser.parse_args(argv)
+    for name in ("disk_mib", "exchange_mib", "timeout_s"):
+        value, default = getattr(options, name), parser.get_default(name)
+        if value <= 0:
+            parser.error(f"--{name} {value} must be positive, or nothing is measured; the default is {default}")
     join_slurm_step()
     found = examine(options.path or [Path.cwd()], options.disk_mib * MIB, options.exchange_mib * MIB, options.timeout_s)
     if found is None:
