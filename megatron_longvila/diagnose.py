@@ -10,15 +10,17 @@ The first lines name host, rank and cause. The exit code says what to do:
     20  an exception, a loss that is not finite, a full disk, a configuration error: starting again would end the same way.
         (A configuration error leaves no record: it is what an --exit_status below 128 without any heartbeat means; ranks that the launcher
         could not bring together leave none either, so the report names both. With --num_ranks, ranks that have none while others have.)
-    30  the run directory says nothing about it
+    30  the run directory says nothing about it, or the job still runs here
     2   wrong usage, such as a run directory that is not there
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -99,6 +101,12 @@ def diagnose(
     if not causes and beats and unborn and not signals:  # the others were ended because of it: their silence or echoes are no cause
         text = f"{run_dir}: {name_ranks(unborn)} never began, {name_ranks(beats)} did{describe_status(exit_status)}"
         return FINAL, f"{text}; a configuration error, or a program that does not start on their host: see their output in the job's log"
+    running = [rank for rank, beat in beats.items() if exit_status is None and still_runs(beat)]
+    if not causes and running:
+        verb = "runs" if len(running) == 1 else "run"
+        last = max(beats[rank]["step"] for rank in running)
+        where = beats[running[0]]["host"]
+        return UNKNOWN, f"{run_dir}: {name_ranks(running)} still {verb} on {where}; the last heartbeat is of step {last}"
     if not causes:
         silent = {rank: beat for rank, beat in beats.items() if rank not in failures and beat["phase"] != ENDED}
         spoke = {beats[rank]["host"] for rank in failures if rank in beats}
@@ -117,6 +125,17 @@ def diagnose(
     causes.sort(key=lambda cause: (cause.is_guess, cause.time_s))
     code = RESTARTABLE if causes[0].restartable else FINAL
     return code, report(causes, failures.keys() | aborted, stalls)
+
+
+def still_runs(beat: dict[str, Any]) -> bool:
+    """Whether the process of a rank is there, as far as this host can tell: its number alone may be another process's by now."""
+    if beat["host"] not in (os.environ.get("SLURMD_NODENAME"), socket.gethostname()):
+        return False
+    try:
+        status = Path(f"/proc/{beat['pid']}/status").read_text()
+    except OSError:  # there is no such process, or it has just ended
+        return False
+    return f"\nPPid:\t{beat['parent_pid']}\n" in status and "\nState:\tZ" not in status
 
 
 def is_echo(failure: dict[str, Any]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +183,20 @@ def test_a_time_out_of_all_ranks_shows_where_they_waited(write, tmp_path):
     code, text = diagnose(tmp_path, START_S)
     assert code == RESTARTABLE
     assert "  ranks 0-2 waited in all_reduce at a.py:1 in f for 8 s\n  rank 3 waited in broadcast at b.py:2 in g for 8 s\n" in text
+
+
+def test_a_job_that_still_runs_has_no_cause(write, tmp_path):
+    """As far as this host can tell; its launcher has not ended either."""
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "parent_pid": os.getppid()}
+    write_record(record_path(tmp_path, "beat", 1), beat(1) | here)
+    code, text = diagnose(tmp_path, START_S)
+    assert code == UNKNOWN and text == f"{tmp_path}: rank 1 still runs on {here['host']}; the last heartbeat is of step 7"
+    assert diagnose(tmp_path, START_S, exit_status=1)[0] == FINAL
+    write_record(record_path(tmp_path, "beat", 1), beat(1) | here | {"parent_pid": 1 << 30})  # another process has its number now
+    assert diagnose(tmp_path, START_S)[0] == FINAL
+    write_record(record_path(tmp_path, "beat", 1), beat(1) | here)
+    failure(write, 0, "KeyError", "'x'")
+    assert diagnose(tmp_path, START_S)[0] == FINAL
 
 
 def test_leaving_with_a_code_of_its_own_is_final(write, tmp_path):
