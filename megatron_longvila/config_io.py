@@ -114,8 +114,8 @@ def _check_file(path: Path) -> None:
 def refuse_repeated_keys(node: yaml.Node, where: str) -> None:
     """Raise ValueError for a key that stands twice in a mapping of a YAML document: the first would be dropped without a word."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    lines: dict[Any, int] = {}
-    for key, _ in pairs:
+    lines: dict[str, int] = {}
+    for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
         if key.value in lines:
             there = f"lines {lines[key.value]} and {key.start_mark.line + 1}"
             raise ValueError(f"{where}: {key.value} stands twice, in {there}, and only the last would count; keep one")
@@ -125,14 +125,17 @@ def refuse_repeated_keys(node: yaml.Node, where: str) -> None:
 
 
 def _check_sections(node: yaml.Node, cls: type, where: str) -> None:
-    """Raise ValueError unless a document, and every part of it that is a dataclass, is a mapping."""
+    """Raise ValueError unless a document, and every part of it that is a dataclass, is a mapping, and every other field has a value."""
     if not isinstance(node, yaml.MappingNode):
         found = repr(node.value) if isinstance(node, yaml.ScalarNode) and node.value else "a list" if node.value else "nothing"
         raise ValueError(f"{where} must be a mapping of fields and holds {found}; give it fields, or leave it out")
-    sections = {name: type(default) for name, default in _defaults(cls).items() if dataclasses.is_dataclass(default)}
+    defaults = _defaults(cls)
     for key, value in node.value:
-        if key.value in sections:
-            _check_sections(value, sections[key.value], f"{where}, {key.value}")
+        default = defaults.get(key.value) if isinstance(key, yaml.ScalarNode) else None
+        if dataclasses.is_dataclass(default):
+            _check_sections(value, type(default), f"{where}, {key.value}")
+        elif default is not None and value.tag == "tag:yaml.org,2002:null":  # the parser takes it, whatever the type of the field
+            raise ValueError(f"{where}, {key.value} has no value; give it one, or leave it out for {default!r}")
 
 
 def _defaults(cls: type) -> dict[str, Any]:

@@ -80,6 +80,10 @@ def test_mistakes_are_refused_by_name(argv, words):
         ("training: {steps: 3", ["bad.yaml cannot be read", "line 1"]),
         ("training:\n  steps: 3\ndata: {}\ntraining: {seed: 1}", ["bad.yaml: training stands twice, in lines 1 and 4"]),
         ("training: {steps: 3, steps: 4}", ["bad.yaml: steps stands twice"]),
+        ("training:\n  precision:\n", ["bad.yaml, training, precision has no value"]),
+        ("data: {train: null}", ["bad.yaml, data, train has no value"]),
+        ("output_dir: ~", ["bad.yaml, output_dir has no value"]),
+        ("? [a]\n: b", ["unhashable key"]),
     ],
 )
 def test_unknown_keys_in_files_are_refused(tmp_path, text, words):
@@ -89,6 +93,11 @@ def test_unknown_keys_in_files_are_refused(tmp_path, text, words):
             read()
         for word in words:
             assert word in str(error.value)
+
+
+def test_a_field_that_may_have_no_value(tmp_path):
+    (tmp_path / "none.yaml").write_text("model: {llm: {rope_scaling: null}}")
+    assert load(tmp_path / "none.yaml") == Config()
 
 
 def test_unknown_keys_in_dictionaries_are_refused():
