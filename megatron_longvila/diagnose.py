@@ -17,7 +17,6 @@ The first lines name host, rank and cause. The exit code says what to do:
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import signal
 import socket
@@ -129,7 +128,7 @@ def diagnose(
 
 def still_runs(beat: dict[str, Any]) -> bool:
     """Whether the process of a rank is there, as far as this host can tell: its number alone may be another process's by now."""
-    if beat["host"] not in (os.environ.get("SLURMD_NODENAME"), socket.gethostname()):
+    if beat["host"] != socket.gethostname():
         return False
     try:
         status = Path(f"/proc/{beat['pid']}/status").read_text()
