@@ -344,60 +344,6 @@ def test_refused_flags(place) -> None:
     assert "--restart_from four must be one of" in place.refused("--restart_from", "four")
 
 
-@pytest.mark.parametrize(
-    ("launcher", "num_ranks", "wanted"),
-    [
-        (None, None, (1, 1)),
-        (None, 4, (4, 4)),
-        ("torchrun --nproc_per_node 4", None, (4, 4)),
-        ("torchrun --nnodes=2 --nproc-per-node=8", None, (16, 8)),
-        ("srun python", 16, (16, 16)),
-        ("srun torchrun --nproc_per_node 8", 32, (32, 8)),
-        ("srun --nodes=2 --ntasks-per-node=1 bash ranks.sh", 16, (16, 8)),
-        ("/usr/bin/srun -N4 bash ranks.sh", 16, (16, 4)),
-        ("srun --nodes 2 torchrun --nnodes 2 --nproc_per_node 8", None, (16, 8)),
-        ("bash ranks.sh -N 2", 16, (16, 16)),
-    ],
-)
-def test_ranks_of_a_launcher(tool, monkeypatch, launcher, num_ranks, wanted) -> None:
-    monkeypatch.delenv("SLURM_NNODES", raising=False)
-    words, *ranks = tool.choose_launcher(launcher, num_ranks)
-    assert tuple(ranks) == wanted and (launcher is None or words == launcher.split())
-
-
-def test_srun_takes_the_hosts_of_the_job_it_is_in(tool, monkeypatch) -> None:
-    monkeypatch.setenv("SLURM_NNODES", "2")
-    assert tool.choose_launcher("srun bash ranks.sh", 16)[1:] == (16, 8)
-    assert tool.choose_launcher("srun --nodes=1 bash ranks.sh", 16)[1:] == (16, 16)
-    assert tool.choose_launcher("bash ranks.sh", 16)[1:] == (16, 16)
-    with pytest.raises(ValueError, match="--num_ranks 15 must be divisible by the 2 hosts"):
-        tool.choose_launcher("srun bash ranks.sh", 15)
-
-
-def test_ranks_must_be_known(tool, monkeypatch) -> None:
-    monkeypatch.delenv("SLURM_NNODES", raising=False)
-    with pytest.raises(ValueError, match="does not say how many ranks"):
-        tool.choose_launcher("srun python", None)
-    with pytest.raises(ValueError, match="--launcher is empty"):
-        tool.choose_launcher(" ", 2)
-    with pytest.raises(ValueError, match="which starts 16, differ"):
-        tool.choose_launcher("torchrun --nnodes 2 --nproc_per_node 8", 8)
-
-
-def test_a_heartbeat_of_an_earlier_start_is_not_asked_to_stop(tool, tmp_path) -> None:
-    """Whatever its time: that of a file on a shared disk is not this host's."""
-    beat = tmp_path / "heartbeat.json"
-    beat.write_text('{"pid": 1}')
-    os.utime(beat, (time.time() + 3600,) * 2)
-    before = tool.read_heartbeat(beat)
-    with subprocess.Popen(["sleep", "60"]) as launcher:
-        assert not tool.ask_to_stop(launcher, signal.SIGTERM, beat, before) and launcher.poll() is None
-        beat.write_text('{"pid": 2}')  # of a rank on another host
-        os.utime(beat, (1.0, 1.0))
-        assert tool.ask_to_stop(launcher, signal.SIGTERM, beat, before)
-        assert launcher.wait(timeout=20) == -signal.SIGTERM
-
-
 def test_a_signal_stops_the_chain_and_a_second_one_is_locked_out(place) -> None:
     (place.folder / "fault_two").write_text("wait")
     words = [sys.executable, str(TOOL), *place.words()]
