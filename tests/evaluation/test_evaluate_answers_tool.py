@@ -53,6 +53,13 @@ def test_the_mesh_is_that_of_this_job(tool, run_dir):
     assert config.checkpoint.load == f"{run_dir}/step" and config.model.llm.hidden_size == 64
 
 
+def test_unusable_samples_of_one_id_in_two_folders_are_two(tool):
+    folders = SimpleNamespace(path=Path("a")), SimpleNamespace(path=Path("b"))
+    index = SimpleNamespace(locate=lambda number: (folders[number // 10], SimpleNamespace(id=str(number % 10))))
+    found = tool.list_unusable(index, {13: "too long", 3: "no words"})
+    assert [(one["data"], one["sample_id"], one["reason"]) for one in found] == [("a", "3", "no words"), ("b", "3", "too long")]
+
+
 def test_flags_change_any_field(tool, run_dir):
     flags = ("--parallel.ulysses_size", "2", "--parallel.pp_size", "2", "--data.video.num_frames", "3", "--training.evaluation_rows", "5")
     _, config = tool.configure(arguments(run_dir, *flags), world_size=4)
