@@ -5,7 +5,9 @@ Positions count packets in decode order; indices count frames in presentation or
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
 from fractions import Fraction
@@ -51,6 +53,7 @@ class VideoStream:
         self._file = open_source(source, limits)
         self._container = None
         self._timeline = timeline
+        self._ahead: tuple[list[tuple[int, av.Packet]], Iterator[tuple[int, av.Packet]]] = ([], iter(()))  # read, but not yet decoded
         self._transpose: Image.Transpose | None = None
         self._reported_rotation: int | None = None
         self._scaler = VideoReformatter()  # shared by all frames: each one's own would be set up again
@@ -145,10 +148,9 @@ class VideoStream:
         if not len(self.timeline.pts_P):
             self._read_counting(set(indices), convert, found)
             return found
-        self._read_groups(indices, convert, found, earlier=0)
-        missing = [index for index in indices if index not in found]
-        if missing:  # a keyframe that was none (gradual refresh), or damage: once more from one group further back
-            self._read_groups(missing, convert, found, earlier=1)
+        for earlier in (0, 1, 2):  # again from further back: a keyframe that was none (a gradual refresh may outlast the next), or damage
+            missing = [index for index in indices if index not in found]
+            self._read_groups(missing, convert, found, earlier=earlier)
         return found
 
     def _open(self) -> None:
@@ -158,6 +160,7 @@ class VideoStream:
         if self._container is not None:
             self._container.close()
             self._container = None
+        self._ahead = ([], iter(()))
         self._file.seek(0)
         container_options = {"max_streams": str(self._limits.max_streams), "protocol_whitelist": ""}
         # Decoders already run while a container is opened. Only where the header lists the streams: PyAV 17 crashes on options otherwise.
@@ -251,12 +254,14 @@ class VideoStream:
         yield from self._packets()
         yield None
 
-    def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
-        """Frames that come out after this packet (None drains the decoder); a damaged packet gives none."""
+    def _decode(self, packet: av.Packet | None, errors: list[int] | None = None, position: int = 0) -> list[av.VideoFrame]:
+        """Frames that come out after this packet (None drains the decoder); a damaged one gives none, and its position goes to `errors`."""
         self._deadline.check("decoding")
         try:
             return self._stream.codec_context.decode(packet)
         except av.FFmpegError:
+            if errors is not None:
+                errors.append(position)
             return []
 
     def _read_counting(self, wanted: set[int], convert: Callable, found: MutableMapping) -> None:
@@ -271,67 +276,109 @@ class VideoStream:
 
     def _read_groups(self, indices: list[int], convert: Callable, found: MutableMapping, *, earlier: int) -> None:
         """Visit the groups of pictures that hold `indices`, in decode order; `earlier` starts each visit that many keyframes before."""
-        timeline = self.timeline
-        keys = sorted(timeline.key_stamps)
-        pending = sorted(indices, key=lambda index: int(timeline.position_F[index]))
-        while pending:
-            number = keys.index(int(timeline.key_position_F[pending[0]]))
-            start = keys[max(0, number - earlier)]
-            # One visit covers the frames whose keyframe it passes anyway: those of the same group, and of groups that follow without a gap.
-            visit = [pending[0]]
-            for index in pending[1:]:
-                if int(timeline.key_position_F[index]) > int(timeline.position_F[visit[-1]]) + 1:
-                    break
-                visit.append(index)
-            pending = pending[len(visit) :]
-            self._visit(start, visit, convert, found)
+        timeline, keys = self.timeline, list(self.timeline.key_stamps)
+        in_order = sorted(indices, key=lambda index: (int(timeline.key_position_F[index]), int(timeline.position_F[index])))
+        for key, group in itertools.groupby(in_order, key=lambda index: int(timeline.key_position_F[index])):
+            start = keys[max(0, bisect.bisect_left(keys, key) - earlier)]
+            self._read_group(start, list(group), convert, found)
 
-    def _visit(self, start: int, visit: list[int], convert: Callable, found: MutableMapping) -> None:
-        """Decode from the keyframe at position `start` until the frames `visit` have come out."""
+    def _read_group(self, start: int, group: list[int], convert: Callable, found: MutableMapping) -> None:
+        """Frames that share a keyframe, each with the same pixels whichever others are read with it (on this rank).
+
+        A decoder fills damaged places with what it has at hand: earlier groups, frames nobody refers to, even old buffers. So each visit
+        begins with an empty decoder, and frames from the first error on are read again by a new one that gets all packets of the group.
+        Not seen are errors that decoders pass over in silence: all of HEVC's, and a rare one of H.264's (a frame's header that is lost).
+        """
+        position_of = {index: int(self.timeline.position_F[index]) for index in group}
+        pending, touched = group, []
+        while pending and not touched:
+            error = self._visit(start, pending, convert, found)
+            end = position_of[pending[-1]] if error is None else error
+            bad = {index for index in pending if position_of[index] <= end and (index not in found or position_of[index] == error)}
+            first = min([position_of[index] for index in bad] + [end if error is None else error])
+            if error is None and not bad:
+                return
+            pending = [index for index in pending if position_of[index] >= first]
+            for index in pending:
+                found.pop(index, None)
+            pending = [index for index in pending if index not in bad]
+            if not bad:  # the error is in a frame that others refer to, else it had been skipped
+                touched = pending
+            # else: read without the bad ones, which may be such as nothing else needs
+        if touched:
+            self._open()
+            self._visit(start, touched, convert, found, whole=True)
+
+    def _visit(self, start: int, visit: list[int], convert: Callable, found: MutableMapping, *, whole: bool = False) -> int | None:
+        """Decode from the keyframe at position `start` until the frames `visit` have come out; returns the first position with an error.
+
+        `whole` decodes all packets of the group of `visit`, also the frames that nothing refers to."""
         timeline = self.timeline
         wanted = {int(timeline.pts_F[index]): index for index in visit}
-        last, start_pts = int(timeline.position_F[visit[-1]]), timeline.key_stamps[start][0]
-        context, skips, skipping = self._stream.codec_context, self.codec in _SKIPS_UNREFERENCED, "DEFAULT"
-        for position, packet in self._packets_from(start):
+        key, last, start_pts = int(timeline.key_position_F[visit[0]]), int(timeline.position_F[visit[-1]]), timeline.key_stamps[start][0]
+        if whole or start < key:  # to the end of the group: from which keyframe a frame can be read must not depend on those behind it
+            last = int(timeline.position_F[timeline.key_position_F == key].max())
+        stream = self._packets_from(start)  # may open the file anew, and with it the decoder
+        context, skips, skipping = self._stream.codec_context, self.codec in _SKIPS_UNREFERENCED and not whole, "DEFAULT"
+        context.flush_buffers()
+        errors, ahead = [], []
+        for position, packet in stream:
+            if ahead or (position > key and position in timeline.key_stamps):
+                ahead.append((position, packet))  # leading pictures follow the keyframe of the next group, which begins with it again
             if position < start or (start < position and packet.pts < start_pts):
                 continue  # before the keyframe, or a leading picture that refers to what lies before it
             skip = "DEFAULT" if not skips or packet.pts in wanted else "NONREF"
             if skip != skipping:
                 context.skip_frame = skipping = skip
-            self._keep(self._decode(packet), wanted, convert, found)
+            self._keep(self._decode(packet, errors, position), wanted, convert, found, errors)
             if position >= last:
                 break
         context.skip_frame = "DEFAULT"
-        self._keep(self._decode(None), wanted, convert, found)
+        self._keep(self._decode(None), wanted, convert, found, errors)
+        if not ahead and last + 1 in timeline.key_stamps:
+            ahead = list(itertools.islice(stream, 1))
+        self._ahead = (ahead, stream)
+        return min(errors, default=None)
 
-    def _keep(self, frames: list[av.VideoFrame], wanted: dict[int, int], convert: Callable, found: MutableMapping) -> None:
+    def _keep(
+        self, frames: list[av.VideoFrame], wanted: dict[int, int], convert: Callable, found: MutableMapping, errors: list[int] | None = None
+    ) -> None:
+        """Convert the frames that are wanted and whole; the positions of those with errors go to `errors`."""
         for frame in frames:
-            if frame.pts in wanted and not frame.is_corrupt:
+            if frame.is_corrupt:
+                if errors is not None:
+                    errors.append(self.timeline.packets.get(frame.pts, 0))
+            elif frame.pts in wanted:
                 with contextlib.suppress(av.FFmpegError):  # a frame that cannot be converted is as bad as one that does not decode
                     found[wanted[frame.pts]] = convert(frame)
 
     def _packets_from(self, start: int) -> Iterator[tuple[int, av.Packet]]:
-        """(position, packet) from a packet at or before position `start`.
+        """(position, packet) from the keyframe at position `start`, for an empty decoder.
 
         Where a seek lands differs by container (decode or presentation stamps, keyframes or any packet), so the landing is checked
-        against the packet list and the seek repeated from further back; the last resort is the beginning of the file.
+        against the packet list and the seek repeated from further back; the last resort is the beginning of the file. In an mpeg-ps the
+        packet at the landing may be the rest of a frame with the stamp of the next one, so that the one at `start` must be a keyframe.
         """
-        packets, key_stamps = self.timeline.packets, self.timeline.key_stamps
-        before = [position for position in sorted(key_stamps) if position < start]
-        targets = [*key_stamps[start], *(key_stamps[before[-back]][1] for back in (1, 2) if len(before) >= back)]
+        (ahead, rest), self._ahead = self._ahead, ([], iter(()))
+        if ahead and ahead[0][0] == start:  # where the last visit ended
+            return itertools.chain(ahead, rest)
+        key_stamps, keys = self.timeline.key_stamps, list(self.timeline.key_stamps)
+        number = bisect.bisect_left(keys, start)
+        targets = [*key_stamps[start], *(key_stamps[key][1] for key in reversed(keys[max(0, number - 2) : number]))]
         for target in (target for target in targets if target is not None and start > 0):
             try:
                 self._container.seek(target, stream=self._stream)
             except (av.FFmpegError, OSError):
                 continue
-            stream = self._packets()
-            first = next(stream, None)
-            if first is not None and packets.get(first.pts, start + 1) <= start:
-                yield packets[first.pts], first
-                yield from ((packets.get(packet.pts, -1), packet) for packet in stream)
-                return
+            stream = self._positions()
+            first = next(((position, packet) for position, packet in stream if position >= start), None)
+            if first is not None and first[0] == start and first[1].is_keyframe:
+                return itertools.chain([first], stream)
         self._open()
-        yield from ((packets.get(packet.pts, -1), packet) for packet in self._packets())
+        return self._positions()
+
+    def _positions(self) -> Iterator[tuple[int, av.Packet]]:
+        return ((self.timeline.packets.get(packet.pts, -1), packet) for packet in self._packets())
 
 
 def _orientation(matrix_9: np.ndarray) -> tuple[int, Image.Transpose | None]:

@@ -1,0 +1,78 @@
+"""A frame looks the same whichever frames are read with it: alone, as the share of a rank, or with all others; also in damaged files."""
+
+import io
+import random
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline
+from megatron_longvila.data.stream import VideoStream
+
+SIZE, NUM_FRAMES = (192, 112), 48
+X264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:threads=1:"
+VIDEOS = {
+    "h264": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "open-gop=0"}),
+    "h264 open groups": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "open-gop=1"}),
+    "h264 slices": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "cabac=0:slices=4"}),
+    "h264 gradual refresh": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "intra-refresh=1"}),
+    "mpeg2 transport stream": ("mpeg2video", "mpegts", {"g": "12", "bf": "2", "b": "1500000"}),
+    "mpeg2 program stream": ("mpeg2video", "mpeg", {"g": "12", "bf": "2", "b": "1500000"}),
+    "mpeg4": ("mpeg4", "mp4", {"g": "12", "bf": "2", "b": "1500000"}),
+}
+
+
+def moving(encoder: str, container: str, options: dict[str, str]) -> bytes:
+    """A video of a texture that moves, so that frames refer to one another and each is different."""
+    width, height = SIZE
+    texture = np.kron(np.random.default_rng(0).integers(0, 255, (60, 60), np.uint8), np.ones((8, 8), np.uint8))
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        video = output.add_stream(encoder, rate=25, options=options)
+        video.width, video.height, video.pix_fmt, video.codec_context.thread_count = width, height, "yuv420p", 1
+        for number in range(NUM_FRAMES):
+            planes = np.full((height * 3 // 2, width), 128, np.uint8)
+            planes[:height] = texture[2 * number : 2 * number + height, 3 * number : 3 * number + width]
+            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            output.mux(video.encode(frame))
+        output.mux(video.encode(None))
+    return file.getvalue()
+
+
+def hurt(data: bytes, seed: int) -> bytes:
+    """A few bytes changed, at places that differ by `seed`; none where `seed` is 0."""
+    draw, damaged = random.Random(seed), bytearray(data)
+    for _ in range(3 if seed else 0):
+        place = draw.randrange(len(data) // 20, len(data) * 9 // 10)
+        damaged[place : place + 4] = draw.randbytes(4)
+    return bytes(damaged)
+
+
+def shown(data: bytes, indices: list[int]) -> dict[int, bytes | None]:
+    with VideoStream(data, Deadline(None), DEFAULT_LIMITS) as stream:
+        found = stream.read(indices, lambda frame: stream.to_rgb(frame).tobytes())
+    return {index: found.get(index) for index in indices}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_frame_does_not_depend_on_those_read_with_it(name):
+    video = moving(*VIDEOS[name])
+    for seed in range(5):
+        data = hurt(video, seed)
+        together = shown(data, list(range(NUM_FRAMES)))
+        shares = [list(range(first, NUM_FRAMES, 7)) for first in range(7)] + [[index] for index in range(NUM_FRAMES)]
+        for share in shares:
+            assert [index for index, picture in shown(data, share).items() if picture != together[index]] == [], (seed, share)
+
+
+@pytest.mark.parametrize("name", ["mpeg2 program stream", "h264 gradual refresh"])
+def test_a_frame_read_alone_is_the_one_that_reading_on_from_the_start_shows(name):
+    """A seek in a program stream may land within a frame; a gradual refresh may last longer than to the next one."""
+    data = moving(*VIDEOS[name])
+    with av.open(io.BytesIO(data)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        expected = [frame.to_ndarray(format="rgb24").tobytes() for frame in container.decode(video=0)]
+    assert [index for index in range(NUM_FRAMES) if shown(data, [index])[index] != expected[index]] == []
