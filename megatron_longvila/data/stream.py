@@ -18,6 +18,7 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import Image
 
 from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, MediaUnreadable, open_source, sniff
+from megatron_longvila.data.orientation import orientation
 from megatron_longvila.data.timeline import Timeline, counted, from_packets, starts_again
 
 # Read ahead of the demuxer: fewer calls into Python per hour of video (PyAV's default is 32 KiB), little waste per seek.
@@ -28,16 +29,6 @@ _SKIPS_UNREFERENCED = ("h264", "mpeg4", "mpeg2video")
 # AVColorSpace of a frame -> the matrix to read it with, where the scaler refuses the frame's own: BT.2020 with constant luminance has the
 # coefficients of BT.2020, and players show it so.
 READ_AS = {10: Colorspace.BT2020}
-_ORIENTATIONS = {  # signs of the display matrix (a, b, c, d): x' = a x + c y, y' = b x + d y -> (clockwise degrees, Pillow's transpose)
-    (1, 0, 0, 1): (0, None),
-    (0, 1, -1, 0): (90, Image.Transpose.ROTATE_270),  # Pillow turns counter-clockwise
-    (-1, 0, 0, -1): (180, Image.Transpose.ROTATE_180),
-    (0, -1, 1, 0): (270, Image.Transpose.ROTATE_90),
-    (-1, 0, 0, 1): (0, Image.Transpose.FLIP_LEFT_RIGHT),
-    (1, 0, 0, -1): (180, Image.Transpose.FLIP_TOP_BOTTOM),
-    (0, 1, 1, 0): (90, Image.Transpose.TRANSPOSE),
-    (0, -1, -1, 0): (270, Image.Transpose.TRANSVERSE),
-}
 
 
 class VideoStream:
@@ -90,8 +81,9 @@ class VideoStream:
     def times_s(self) -> np.ndarray:
         """float64 [F]: when each frame is shown, in seconds from the first one."""
         timeline = self.timeline
-        if not len(timeline.pts_P):  # frames without usable stamps are shown at an even pace
-            return np.arange(timeline.num_frames) * (timeline.duration_s / timeline.num_frames)
+        if not len(timeline.pts_P):  # ticks of frames, see `counted`
+            ticks_F = timeline.pts_F - timeline.pts_F[0]
+            return ticks_F * (timeline.duration_s / (ticks_F[-1] + 1))
         return (timeline.pts_F - timeline.pts_F[0]) * float(self._stream.time_base)
 
     def upright_size(self) -> tuple[int, int]:
@@ -119,7 +111,7 @@ class VideoStream:
             self._reported_rotation = frame.rotation
             matrix = frame.side_data.get("DISPLAYMATRIX")
             if matrix is not None:
-                self.rotation, self._transpose = _orientation(np.frombuffer(bytes(matrix), np.int32))
+                self.rotation, self._transpose = orientation(np.frombuffer(bytes(matrix), np.int32))
         return self._transpose
 
     @property
@@ -244,11 +236,18 @@ class VideoStream:
     def _count_by_decoding(self) -> Timeline:
         """Streams whose packets lack usable stamps (AVI, some old MPEG): the frames are what the decoder shows, so all are decoded."""
         self._open()
-        frames = [frame.pts for packet in self._packets_then_flush() for frame in self._decode(packet)]
-        if not frames:
+        num_frames, ticks = 0, []
+        for packet in self._packets_then_flush():
+            num_frames += len(self._decode(packet))
+            if packet is not None and packet.dts is not None:
+                ticks.append(packet.dts // max(1, packet.duration or 1))
+        if not num_frames:
             raise MediaError("has a video track, but no frame of it decodes")
+        # AVI counts its chunks, empty ones for frames that were dropped included, so that a frame's number there is when it is shown.
+        if self.extension != "avi" or len(ticks) != num_frames or (np.diff(ticks) <= 0).any():
+            ticks = range(num_frames)
         rate = self._stream.average_rate or Fraction(25)
-        return counted(len(frames), float(len(frames) / rate))
+        return counted(np.array(ticks, np.int64), float((ticks[-1] - ticks[0] + 1) / rate))
 
     def _packets_then_flush(self) -> Iterator[av.Packet | None]:
         yield from self._packets()
@@ -379,17 +378,6 @@ class VideoStream:
 
     def _positions(self) -> Iterator[tuple[int, av.Packet]]:
         return ((self.timeline.packets.get(packet.pts, -1), packet) for packet in self._packets())
-
-
-def _orientation(matrix_9: np.ndarray) -> tuple[int, Image.Transpose | None]:
-    """Clockwise degrees and Pillow's transpose for a 3 x 3 display matrix, rounded to the nearest of the eight axis-aligned ones."""
-    a, b, c, d = (int(matrix_9[position]) for position in (0, 1, 3, 4))
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        b = c = 0
-    else:
-        a = d = 0
-    signs = tuple((value > 0) - (value < 0) for value in (a, b, c, d))
-    return _ORIENTATIONS.get(signs, (0, None))
 
 
 def _reason(error: Exception) -> str:

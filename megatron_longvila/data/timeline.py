@@ -25,7 +25,7 @@ class Timeline:
     """The frames of a stream in presentation order.
 
     Attributes:
-        pts_F: int64 time stamp of each frame in the stream's time base.
+        pts_F: int64 time stamp of each frame in the stream's time base; where frames are counted, its tick.
         position_F: int64 packet position of each frame.
         key_position_F: int64 position of the keyframe from which the frame decodes exactly. A leading picture (shown before the
             keyframe that precedes it in the file, open groups of pictures) belongs to the keyframe before that one.
@@ -51,10 +51,10 @@ class Timeline:
         return {pts: position for position, pts in enumerate(self.pts_P.tolist())}
 
 
-def counted(num_frames: int, duration_s: float) -> Timeline:
-    """Of a stream without usable stamps."""
-    none = np.full(num_frames, -1, np.int64)
-    return Timeline(np.arange(num_frames), none, none, duration_s, np.empty(0, np.int64), {})
+def counted(tick_F: np.ndarray, duration_s: float) -> Timeline:
+    """Of a stream without usable stamps: frame after frame, each at its tick; where a frame was dropped, one is passed over."""
+    none = np.full(len(tick_F), -1, np.int64)
+    return Timeline(tick_F, none, none, duration_s, np.empty(0, np.int64), {})
 
 
 def starts_again(pts_P: np.ndarray, is_shown_P: np.ndarray, key_stamps: dict[int, tuple[int, int | None]]) -> bool:

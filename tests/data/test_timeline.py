@@ -3,11 +3,12 @@
 import io
 import json
 import struct
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
-from media import read_number, video_bytes
+from media import paint, read_number, video_bytes
 
 from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline, MediaError
 from megatron_longvila.data.preprocess import Options, preprocess
@@ -221,3 +222,24 @@ def test_recordings_put_one_after_the_other_are_shown_so(offset_s, keyint):
         pixels, _ = decode_frames(data, range(48), image_size=64, timeline=facts.timeline)
         assert [read_number(picture) for picture in pixels] == expected
         assert facts.duration_s == pytest.approx(12.2 if offset_s == 10 and data[: len(one)] == one else 4.8)
+
+
+@pytest.mark.parametrize("b_frames", ["0", "2"])
+def test_frames_that_an_avi_dropped_take_their_time(b_frames):
+    """Capture programs write a chunk without bytes for each; the frame before stays on screen."""
+    kept = [*range(5), *range(10, 20), *range(26, 40)]
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as output:
+        video = output.add_stream("mpeg4", rate=10, options={"bf": b_frames})
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        for number in kept:
+            frame = av.VideoFrame.from_ndarray(paint(number), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            output.mux(video.encode(frame))
+        output.mux(video.encode(None))
+    facts = probe(file.getvalue())
+    assert (facts.num_frames, facts.duration_s) == (29, 4.0)
+    assert [read_number(picture) for picture in decode_frames(file.getvalue(), range(29), image_size=64)[0]] == kept
+    if b_frames == "0":  # with B-frames, the muxer writes the empty chunks a few frames late
+        with VideoStream(file.getvalue(), Deadline(None), DEFAULT_LIMITS) as stream:
+            np.testing.assert_allclose(stream.times_s(), np.array(kept) / 10)
