@@ -27,8 +27,10 @@ _BUFFER_BYTES = 1 << 18
 # picture may still be referred to by a higher temporal layer, and FFmpeg drops it all the same; so are AV1 and VP9 (nothing to gain).
 _SKIPS_UNREFERENCED = ("h264", "mpeg4", "mpeg2video")
 # AVColorSpace of a frame -> the matrix to read it with, where the scaler refuses the frame's own: BT.2020 with constant luminance has the
-# coefficients of BT.2020, and players show it so.
-READ_AS = {10: Colorspace.BT2020}
+# coefficients of BT.2020, and players show it so; 3 is a reserved number that some encoders write for "unspecified".
+READ_AS = {3: Colorspace.ITU601, 10: Colorspace.BT2020}
+_NOT_READ = {8: "YCgCo", 11: "SMPTE 2085", 12: "by the primaries", 13: "by the primaries, constant luminance", 14: "ICtCp", 15: "IPT-C2"}
+_NOT_READ |= {16: "YCgCo-Re", 17: "YCgCo-Ro"}
 
 
 class VideoStream:
@@ -89,10 +91,19 @@ class VideoStream:
     def upright_size(self) -> tuple[int, int]:
         """(width, height) of the first frame that decodes, as it is meant to be seen. Raises MediaError when none does."""
         for index in range(min(self.timeline.num_frames, 32)):  # a stream may begin with a few damaged frames
-            sizes = self.read([index], lambda frame: self.to_rgb(frame).shape[1::-1])
+            sizes = self.read([index], self._shown_size)
             if sizes:
                 return sizes[index]
         raise MediaError("has a video track, but its first frames do not decode")
+
+    def _shown_size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        matrix = int(frame.colorspace)
+        if matrix in _NOT_READ:
+            raise MediaError(
+                f"has colours in matrix {matrix} ({_NOT_READ[matrix]}), but only 0 to 7, 9 and 10 are read; re-encode it in BT.709 with a "
+                "program that knows this one, for 8 and 12 to 14: ffmpeg -i IN -vf zscale=matrix=709 OUT.mp4"
+            )
+        return self.to_rgb(frame).shape[1::-1]
 
     def to_rgb(self, frame: av.VideoFrame, size: tuple[int, int] | None = None) -> np.ndarray:
         """Upright picture, uint8 [H, W, 3]; `size` (width, height before rotation) lets the decoder's scaler resize it."""

@@ -15,9 +15,10 @@ import pytest
 from media import MATRICES, image_bytes, read_number, set_matrix, video_bytes
 from programs import ROOT, environment, load_script
 
-from megatron_longvila.data.media import DEFAULT_LIMITS, MediaError
+from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline, MediaError
 from megatron_longvila.data.output import PreprocessError
 from megatron_longvila.data.reencode import AsWanted, Options, Settings, prepare, reencode
+from megatron_longvila.data.stream import VideoStream
 from megatron_longvila.data.video import decode_frames, probe
 
 COLOURS = {  # tags of a source: matrix, range, primaries, transfer
@@ -99,6 +100,26 @@ def test_copies_keep_the_colours(tmp_path, kind, rotation):
     space, _, *others = COLOURS[kind]
     assert [frame.color_range in (0, 1), frame.color_primaries, frame.color_trc] == [True, *others]
     assert frame.colorspace == {5: 6, 10: 9}.get(space, space)  # two names of the matrix of BT.601, and two of BT.2020's
+
+
+@pytest.mark.parametrize(("matrix", "name"), [(8, "YCgCo"), (12, "primaries"), (14, "ICtCp")])
+def test_colours_that_cannot_be_read_are_named(tmp_path, matrix, name):
+    source = coloured(tmp_path / "a.mp4", (matrix, 1, 9, 16))
+    refusal = rf"matrix {matrix} \(.*{name}.*only 0 to 7, 9 and 10 are read; re-encode it in BT.709"
+    with pytest.raises(MediaError, match=refusal):
+        probe(source)
+    with pytest.raises(MediaError, match=refusal):
+        reencode(source, tmp_path / "b.mp4", SETTINGS, timeout_s=None, limits=DEFAULT_LIMITS)
+
+
+def test_the_reserved_matrix_is_read_as_none_given(tmp_path):
+    """x264 does not write it, other encoders do."""
+    with VideoStream(video_bytes(range(2)), Deadline(None), DEFAULT_LIMITS) as stream:
+        _, frame = next(stream.frames())
+        expected = stream.to_rgb(frame)
+        assert frame.colorspace == 2
+        frame.colorspace = 3
+        np.testing.assert_array_equal(stream.to_rgb(frame), expected)
 
 
 def test_copies_of_rgb_keep_the_colours(tmp_path):
