@@ -11,7 +11,7 @@ import pytest
 from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline
 from megatron_longvila.data.stream import VideoStream
 
-SIZE, NUM_FRAMES = (192, 112), 48
+SIZE, NUM_FRAMES = (192, 112), 60
 X264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:threads=1:"
 VIDEOS = {
     "h264": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "open-gop=0"}),
@@ -27,7 +27,7 @@ VIDEOS = {
 def moving(encoder: str, container: str, options: dict[str, str]) -> bytes:
     """A video of a texture that moves, so that frames refer to one another and each is different."""
     width, height = SIZE
-    texture = np.kron(np.random.default_rng(0).integers(0, 255, (60, 60), np.uint8), np.ones((8, 8), np.uint8))
+    texture = np.kron(np.random.default_rng(0).integers(0, 255, (100, 100), np.uint8), np.ones((8, 8), np.uint8))
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
         video = output.add_stream(encoder, rate=25, options=options)
@@ -52,8 +52,10 @@ def hurt(data: bytes, seed: int) -> bytes:
 
 
 def shown(data: bytes, indices: list[int]) -> dict[int, bytes | None]:
+    """By index; frames that do not decode, or that the damage took away, are None."""
     with VideoStream(data, Deadline(None), DEFAULT_LIMITS) as stream:
-        found = stream.read(indices, lambda frame: stream.to_rgb(frame).tobytes())
+        present = [index for index in indices if index < stream.timeline.num_frames]
+        found = stream.read(present, lambda frame: stream.to_rgb(frame).tobytes())
     return {index: found.get(index) for index in indices}
 
 
