@@ -16,7 +16,6 @@ X264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:threads=1:"
 VIDEOS = {
     "h264": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "open-gop=0"}),
     "h264 open groups": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "open-gop=1"}),
-    "h264 slices": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "cabac=0:slices=4"}),
     "h264 gradual refresh": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "intra-refresh=1"}),
     "mpeg2 transport stream": ("mpeg2video", "mpegts", {"g": "12", "bf": "2", "b": "1500000"}),
     "mpeg2 program stream": ("mpeg2video", "mpeg", {"g": "12", "bf": "2", "b": "1500000"}),
