@@ -297,7 +297,8 @@ class VideoStream:
 
         A decoder fills damaged places with what it has at hand: earlier groups, frames nobody refers to, even old buffers. So each visit
         begins with an empty decoder, and frames from the first error on are read again by a new one that gets all packets of the group.
-        Not seen are errors that decoders pass over in silence: all of HEVC's, and a rare one of H.264's (a frame's header that is lost).
+        Not seen are errors that decoders pass over in silence: all of HEVC's, and rare ones of H.264's (a header or a slice that is lost);
+        FFmpeg's concealment of these may differ even from run to run.
         """
         position_of = {index: int(self.timeline.position_F[index]) for index in group}
         pending, touched = group, []
