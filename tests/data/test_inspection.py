@@ -173,6 +173,7 @@ def test_the_page_runs_nothing_and_loads_nothing(folder, bpe_folder, tmp_path, c
     assert "Words" in (tmp_path / "look" / "index.html").read_text() and "turned" not in (tmp_path / "look" / "index.html").read_text()
 
 
+@pytest.mark.end_to_end
 def test_chromium_draws_the_page_and_runs_nothing(folder, bpe_folder, tmp_path):
     """What a browser makes of it: no script has run, every picture has loaded, and the colours of trained tokens and ranks are there."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
