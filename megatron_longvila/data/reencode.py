@@ -16,10 +16,11 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
+from megatron_longvila.data.colours import READ_AS
 from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, open_source, resolve_below, sniff
 from megatron_longvila.data.output import Journal, PreprocessError, Progress, output_folder
 from megatron_longvila.data.shards import canonical_json
-from megatron_longvila.data.stream import READ_AS, VideoStream
+from megatron_longvila.data.stream import VideoStream
 from megatron_longvila.data.workers import Killed, run_tasks
 
 _VERSION = 2  # raise when the same settings make other files

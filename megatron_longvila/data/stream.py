@@ -8,15 +8,17 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
 from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from megatron_longvila.data.colours import READ_AS, check_matrix
 from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, MediaUnreadable, open_source, sniff
 from megatron_longvila.data.orientation import orientation
 from megatron_longvila.data.timeline import Timeline, counted, from_packets, starts_again
@@ -26,11 +28,8 @@ _BUFFER_BYTES = 1 << 18
 # Decoders that may drop the frames no other frame refers to. H.264 marks them exactly. HEVC is left out: a "sub-layer non-reference"
 # picture may still be referred to by a higher temporal layer, and FFmpeg drops it all the same; so are AV1 and VP9 (nothing to gain).
 _SKIPS_UNREFERENCED = ("h264", "mpeg4", "mpeg2video")
-# AVColorSpace of a frame -> the matrix to read it with, where the scaler refuses the frame's own: BT.2020 with constant luminance has the
-# coefficients of BT.2020, and players show it so; 3 is a reserved number that some encoders write for "unspecified".
-READ_AS = {3: Colorspace.ITU601, 10: Colorspace.BT2020}
-_NOT_READ = {8: "YCgCo", 11: "SMPTE 2085", 12: "by the primaries", 13: "by the primaries, constant luminance", 14: "ICtCp", 15: "IPT-C2"}
-_NOT_READ |= {16: "YCgCo-Re", 17: "YCgCo-Ro"}
+# Decoders that report an error with the frame that has it. MPEG's flag whichever frame comes out next.
+_NAMES_ITS_ERRORS = ("h264",)
 
 
 class VideoStream:
@@ -46,7 +45,8 @@ class VideoStream:
         self._file = open_source(source, limits)
         self._container = None
         self._timeline = timeline
-        self._ahead: tuple[list[tuple[int, av.Packet]], Iterator[tuple[int, av.Packet]]] = ([], iter(()))  # read, but not yet decoded
+        self._ahead: deque[tuple[int, av.Packet]] = deque()  # read, but not yet decoded; `_rest` follows them
+        self._rest: Iterator[tuple[int, av.Packet]] = iter(())
         self._transpose: Image.Transpose | None = None
         self._reported_rotation: int | None = None
         self._scaler = VideoReformatter()  # shared by all frames: each one's own would be set up again
@@ -97,12 +97,7 @@ class VideoStream:
         raise MediaError("has a video track, but its first frames do not decode")
 
     def _shown_size(self, frame: av.VideoFrame) -> tuple[int, int]:
-        matrix = int(frame.colorspace)
-        if matrix in _NOT_READ:
-            raise MediaError(
-                f"has colours in matrix {matrix} ({_NOT_READ[matrix]}), but only 0 to 7, 9 and 10 are read; re-encode it in BT.709 with a "
-                "program that knows this one, for 8 and 12 to 14: ffmpeg -i IN -vf zscale=matrix=709 OUT.mp4"
-            )
+        check_matrix(frame)
         return self.to_rgb(frame).shape[1::-1]
 
     def to_rgb(self, frame: av.VideoFrame, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -163,7 +158,7 @@ class VideoStream:
         if self._container is not None:
             self._container.close()
             self._container = None
-        self._ahead = ([], iter(()))
+        self._ahead.clear()
         self._file.seek(0)
         container_options = {"max_streams": str(self._limits.max_streams), "protocol_whitelist": ""}
         # Decoders already run while a container is opened. Only where the header lists the streams: PyAV 17 crashes on options otherwise.
@@ -289,48 +284,50 @@ class VideoStream:
         timeline, keys = self.timeline, list(self.timeline.key_stamps)
         in_order = sorted(indices, key=lambda index: (int(timeline.key_position_F[index]), int(timeline.position_F[index])))
         for key, group in itertools.groupby(in_order, key=lambda index: int(timeline.key_position_F[index])):
-            start = keys[max(0, bisect.bisect_left(keys, key) - earlier)]
-            self._read_group(start, list(group), convert, found)
+            number = bisect.bisect_left(keys, key)
+            if number >= earlier:
+                self._read_group(keys[number - earlier], list(group), convert, found)
 
     def _read_group(self, start: int, group: list[int], convert: Callable, found: MutableMapping) -> None:
         """Frames that share a keyframe, each with the same pixels whichever others are read with it (on this rank).
 
         A decoder fills damaged places with what it has at hand: earlier groups, frames nobody refers to, even old buffers. So each visit
         begins with an empty decoder, and frames from the first error on are read again by a new one that gets all packets of the group.
-        Not seen are errors that decoders pass over in silence: all of HEVC's, and rare ones of H.264's (a header or a slice that is lost);
-        FFmpeg's concealment of these may differ even from run to run.
+        Not seen are errors that decoders pass over in silence: all of HEVC's and VP8's, and rare ones of the others (a header or a slice
+        that is lost); FFmpeg's concealment of these may differ even from run to run.
         """
         position_of = {index: int(self.timeline.position_F[index]) for index in group}
-        pending, touched = group, []
-        while pending and not touched:
+        names_errors, pending = self.codec in _NAMES_ITS_ERRORS, group
+        while pending:
             error = self._visit(start, pending, convert, found)
             end = position_of[pending[-1]] if error is None else error
             bad = {index for index in pending if position_of[index] <= end and (index not in found or position_of[index] == error)}
-            first = min([position_of[index] for index in bad] + [end if error is None else error])
             if error is None and not bad:
                 return
-            pending = [index for index in pending if position_of[index] >= first]
+            first = min([position_of[index] for index in bad] + [end]) if names_errors else 0
+            pending = [index for index in (pending if names_errors else group) if position_of[index] >= first]
             for index in pending:
                 found.pop(index, None)
-            pending = [index for index in pending if index not in bad]
-            if not bad:  # the error is in a frame that others refer to, else it had been skipped
-                touched = pending
-            # else: read without the bad ones, which may be such as nothing else needs
-        if touched:
-            self._open()
-            self._visit(start, touched, convert, found, whole=True)
+            if bad and names_errors:  # once more without these, which may be such as nothing else needs
+                pending = [index for index in pending if index not in bad]
+                continue
+            if pending:  # the error is in a frame that others refer to, else it had been skipped
+                self._open()
+                self._visit(start, pending, convert, found, whole=True)
+            return
 
     def _visit(self, start: int, visit: list[int], convert: Callable, found: MutableMapping, *, whole: bool = False) -> int | None:
         """Decode from the keyframe at position `start` until the frames `visit` have come out; returns the first position with an error.
 
-        `whole` decodes all packets of the group of `visit`, also the frames that nothing refers to."""
+        `whole` decodes all packets of the group of `visit`, also the frames that nothing refers to and those behind an error."""
         timeline = self.timeline
         wanted = {int(timeline.pts_F[index]): index for index in visit}
         key, last, start_pts = int(timeline.key_position_F[visit[0]]), int(timeline.position_F[visit[-1]]), timeline.key_stamps[start][0]
         if whole or start < key:  # to the end of the group: from which keyframe a frame can be read must not depend on those behind it
             last = int(timeline.position_F[timeline.key_position_F == key].max())
         stream = self._packets_from(start)  # may open the file anew, and with it the decoder
-        context, skips, skipping = self._stream.codec_context, self.codec in _SKIPS_UNREFERENCED and not whole, "DEFAULT"
+        context, skips = self._stream.codec_context, self.codec in _SKIPS_UNREFERENCED and not whole
+        context.skip_frame = skipping = "DEFAULT"
         context.flush_buffers()
         errors, ahead = [], []
         for position, packet in stream:
@@ -342,13 +339,13 @@ class VideoStream:
             if skip != skipping:
                 context.skip_frame = skipping = skip
             self._keep(self._decode(packet, errors, position), wanted, convert, found, errors)
-            if position >= last:
+            if position >= last or (errors and not whole):
                 break
         context.skip_frame = "DEFAULT"
         self._keep(self._decode(None), wanted, convert, found, errors)
         if not ahead and last + 1 in timeline.key_stamps:
             ahead = list(itertools.islice(stream, 1))
-        self._ahead = (ahead, stream)
+        self._ahead.extendleft(reversed(ahead))
         return min(errors, default=None)
 
     def _keep(
@@ -370,9 +367,9 @@ class VideoStream:
         against the packet list and the seek repeated from further back; the last resort is the beginning of the file. In an mpeg-ps the
         packet at the landing may be the rest of a frame with the stamp of the next one, so that the one at `start` must be a keyframe.
         """
-        (ahead, rest), self._ahead = self._ahead, ([], iter(()))
-        if ahead and ahead[0][0] == start:  # where the last visit ended
-            return itertools.chain(ahead, rest)
+        if self._ahead and self._ahead[0][0] == start:  # where the last visit ended
+            return self._packets_ahead()
+        self._ahead.clear()
         key_stamps, keys = self.timeline.key_stamps, list(self.timeline.key_stamps)
         number = bisect.bisect_left(keys, start)
         targets = [*key_stamps[start], *(key_stamps[key][1] for key in reversed(keys[max(0, number - 2) : number]))]
@@ -381,12 +378,18 @@ class VideoStream:
                 self._container.seek(target, stream=self._stream)
             except (av.FFmpegError, OSError):
                 continue
-            stream = self._positions()
-            first = next(((position, packet) for position, packet in stream if position >= start), None)
+            self._rest = self._positions()
+            first = next(((position, packet) for position, packet in self._rest if position >= start), None)
             if first is not None and first[0] == start and first[1].is_keyframe:
-                return itertools.chain([first], stream)
+                self._ahead.append(first)
+                return self._packets_ahead()
         self._open()
-        return self._positions()
+        self._rest = self._positions()
+        return self._packets_ahead()
+
+    def _packets_ahead(self) -> Iterator[tuple[int, av.Packet]]:
+        while item := self._ahead.popleft() if self._ahead else next(self._rest, None):
+            yield item
 
     def _positions(self) -> Iterator[tuple[int, av.Packet]]:
         return ((self.timeline.packets.get(packet.pts, -1), packet) for packet in self._packets())
