@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     hold_requests()
     try:
         config = parse(sys.argv[1:] if argv is None else argv, prog=PROGRAM)
-        if rank == 0:
+        if rank == 0 and config.output_dir:  # an empty one is refused below, and would be the current folder here
             Path(config.output_dir, MARKER).unlink(missing_ok=True)  # also if this job is refused: it has not stopped after a save
         config = settle(config, world_size=world_size, gpus_per_host=gpus_per_host)
         check_device(config)

@@ -100,6 +100,13 @@ def test_a_job_that_is_refused_is_not_taken_for_the_one_that_stopped_before(inpu
     assert done.returncode == (0 if flags else 1) and mark.exists() == left, done.stderr
 
 
+def test_no_folder_is_not_the_current_one(inputs, tmp_path):
+    (tmp_path / "interrupted").write_text("{}")
+    words = [sys.executable, "-m", "megatron_longvila.train", *inputs, "--output_dir", ""]
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1 and "output_dir=''" in done.stderr and (tmp_path / "interrupted").exists()
+
+
 def test_other_ranks_leave_a_mistake_to_the_first_one():
     """A launcher ends all ranks when one exits: if the others were faster, nobody would have said why."""
     first, other = (
