@@ -40,8 +40,30 @@ def test_srun_takes_the_hosts_of_the_job_it_is_in(tool, monkeypatch) -> None:
     assert tool.choose_launcher("srun bash ranks.sh", 16)[1:] == (16, 8)
     assert tool.choose_launcher("srun --nodes=1 bash ranks.sh", 16)[1:] == (16, 16)
     assert tool.choose_launcher("bash ranks.sh", 16)[1:] == (16, 16)
+    assert tool.choose_launcher("srun bash ranks.sh", 15)[1:] == (15, 15)  # it cannot be on all hosts alike
+    assert tool.choose_launcher("srun --label torchrun --nproc_per_node 8", 8)[1:] == (8, 8)
+    with pytest.raises(ValueError, match="does not say how many ranks it starts .*--nodes N of srun"):
+        tool.choose_launcher("srun --label torchrun --nproc_per_node 8", None)
     with pytest.raises(ValueError, match="--num_ranks 15 must be divisible by the 2 hosts"):
-        tool.choose_launcher("srun bash ranks.sh", 15)
+        tool.choose_launcher("srun -N 2 bash ranks.sh", 15)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "num_ranks", "wanted"),
+    [
+        ("srun -n 1 python", 1, (1, 1)),
+        ("srun -n2 python", 2, (2, 2)),
+        ("srun -w node1 -n 3 bash r.sh", 3, (3, 3)),
+        ("srun --mpi none --nodelist=node1 torchrun --nproc_per_node 8", 8, (8, 8)),
+        ("srun --label --ntasks=1 torchrun --nproc_per_node 8", None, (8, 8)),
+        ("srun --nodes=1-2 bash r.sh", 4, (4, 4)),
+        ("srun bash r.sh -n 1", 16, (16, 8)),  # not srun's own
+        ("srun --ntasks-per-node 4 python", 8, (8, 4)),
+    ],
+)
+def test_srun_that_says_what_it_starts_need_not_take_all_hosts_of_its_job(tool, monkeypatch, launcher, num_ranks, wanted) -> None:
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    assert tool.choose_launcher(launcher, num_ranks)[1:] == wanted
 
 
 def test_ranks_must_be_known(tool, monkeypatch) -> None:

@@ -253,30 +253,45 @@ def choose_launcher(launcher: str | None, num_ranks: int | None) -> tuple[list[s
     if not words:
         raise ValueError("--launcher is empty; leave it out to start the ranks by torchrun on this host")
     per_host = re.search(r"--nproc[-_]per[-_]node[= ](\d+)", launcher)
-    hosts = count_hosts(words)
+    hosts, of_job = count_hosts(words), count_hosts_of_job(words)
     local = int(per_host[1]) if per_host else None
-    told = local * (hosts or 1) if local else None
+    told = local * (hosts or 1) if local and (hosts or (of_job or 1) == 1) else None
     if num_ranks is None and told is None:
-        raise ValueError(f"--launcher {launcher!r} does not say how many ranks it starts (--nproc_per_node N); add --num_ranks N")
+        said = "--nproc_per_node N, and --nodes N of srun in a job of several nodes"
+        raise ValueError(f"--launcher {launcher!r} does not say how many ranks it starts ({said}); add --num_ranks N")
     if num_ranks is not None and told is not None and hosts and num_ranks != told:
         raise ValueError(f"--num_ranks {num_ranks} and --launcher {launcher!r}, which starts {told}, differ; leave --num_ranks out")
     ranks = num_ranks or told
     if ranks % (hosts or 1):
         raise ValueError(f"--num_ranks {ranks} must be divisible by the {hosts} hosts of --launcher {launcher!r}; each starts as many")
+    if hosts is None and of_job and ranks % of_job == 0:
+        hosts = of_job
     return words, ranks, local or ranks // (hosts or 1)
 
 
 def count_hosts(words: Sequence[str]) -> int | None:
-    """Hosts that a launcher names: --nnodes of torchrun, --nodes or -N of srun, which without them takes those of the job it is in."""
+    """Hosts that a launcher names: --nnodes of torchrun, --nodes or -N of srun."""
     text = " ".join(words)
     named = re.search(r"--nnodes[= ](\d+)(?![\d:])", text)
-    is_srun = Path(words[0]).name == "srun"
-    if named is None and is_srun:
+    if named is None and Path(words[0]).name == "srun":
         named = re.search(r" (?:--nodes[= ]|-N ?)(\d+)(?![\d-])", text)
-    if named:
-        return int(named[1])
-    nodes = os.environ.get("SLURM_NNODES") if is_srun else None
-    return int(nodes) if nodes else None
+    return int(named[1]) if named else None
+
+
+def count_hosts_of_job(words: Sequence[str]) -> int | None:
+    """Hosts of the Slurm job this runs in, which srun takes if none of its own words, those before the program, says what it starts."""
+    nodes = os.environ.get("SLURM_NNODES")
+    if Path(words[0]).name != "srun" or not nodes:
+        return None
+    rest = list(words[1:])
+    while rest and rest[0].startswith("-"):
+        option = rest.pop(0)
+        if re.match(r"--(ntasks|nodelist|nodes)(=|$)|-[nwN]", option):
+            return None
+        value_follows = "=" not in option if option.startswith("--") else len(option) == 2
+        if value_follows and rest and not rest[0].startswith("-"):  # after one that takes none this is the program: not looked into either
+            rest.pop(0)
+    return int(nodes)
 
 
 def main(argv: list[str] | None = None) -> int:
