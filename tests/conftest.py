@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def question_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight H.264 videos with one question each, preprocessed by the tool, and a tokenizer; tests only read them."""
     from programs import write_question_videos
 

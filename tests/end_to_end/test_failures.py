@@ -72,10 +72,12 @@ def nobody_left(output: Path) -> bool:
     return True
 
 
-def test_a_request_to_stop_that_comes_while_the_ranks_start(data: Path, tmp_path: Path) -> None:
+def test_a_request_to_stop_that_comes_while_the_ranks_start(question_videos: Path, tmp_path: Path) -> None:
     """It waits until training can follow it."""
     output, since_s = tmp_path / "run", time.time()
-    with subprocess.Popen(command(data, output), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command(question_videos, output), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         deadline = time.monotonic() + 120
         while not (output / "heartbeats" / "rank_00001.json").exists():
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -92,9 +94,9 @@ def test_a_request_to_stop_that_comes_while_the_ranks_start(data: Path, tmp_path
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank(data: Path, tmp_path: Path, rank: int) -> None:
+def test_a_killed_rank(question_videos: Path, tmp_path: Path, rank: int) -> None:
     output, since_s = tmp_path / "run", time.time()
-    took_s, text = harm_from_outside(command(data, output), output, rank, signal.SIGKILL)
+    took_s, text = harm_from_outside(command(question_videos, output), output, rank, signal.SIGKILL)
     assert took_s < TIMEOUT_S + LAUNCHER_S, text
     code, said = diagnose(output, since_s, text)
     first, second, *_ = said.splitlines()
@@ -107,9 +109,9 @@ def test_a_killed_rank(data: Path, tmp_path: Path, rank: int) -> None:
     assert nobody_left(output)
 
 
-def test_a_stopped_rank_is_named_before_the_job_falls(data: Path, tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named_before_the_job_falls(question_videos: Path, tmp_path: Path) -> None:
     output, since_s = tmp_path / "run", time.time()
-    took_s, text = harm_from_outside(command(data, output), output, 1, signal.SIGSTOP)
+    took_s, text = harm_from_outside(command(question_videos, output), output, 1, signal.SIGSTOP)
     assert took_s < TIMEOUT_S + LAUNCHER_S, text
     code, said = diagnose(output, since_s, text)
     first, *rest = said.splitlines()
@@ -124,9 +126,9 @@ def test_a_stopped_rank_is_named_before_the_job_falls(data: Path, tmp_path: Path
     assert nobody_left(output)
 
 
-def test_a_stuck_rank_is_named_with_what_it_does(data: Path, tmp_path: Path) -> None:
+def test_a_stuck_rank_is_named_with_what_it_does(question_videos: Path, tmp_path: Path) -> None:
     output, since_s = tmp_path / "run", time.time()
-    status, text = start(*command(data, output, harm=("sleep", 1, 3)))
+    status, text = start(*command(question_videos, output, harm=("sleep", 1, 3)))
     assert status == 1, text
     code, said = diagnose(output, since_s, text)
     assert code == 10 and "rank 1: stuck, process state S (sleeping)" in said.splitlines()[0], said
@@ -136,9 +138,9 @@ def test_a_stuck_rank_is_named_with_what_it_does(data: Path, tmp_path: Path) -> 
     assert nobody_left(output)
 
 
-def test_an_exception_is_final_and_its_traceback_stands_first(data: Path, tmp_path: Path) -> None:
+def test_an_exception_is_final_and_its_traceback_stands_first(question_videos: Path, tmp_path: Path) -> None:
     output, since_s = tmp_path / "run", time.time()
-    code, text = start(*command(data, output, harm=("exception", 1, 3)))
+    code, text = start(*command(question_videos, output, harm=("exception", 1, 3)))
     assert code == 1, text
     code, said = diagnose(output, since_s, text)
     assert code == 20 and "rank 1: KeyError: 'harm was done'" in said.splitlines()[0], said
@@ -148,9 +150,9 @@ def test_an_exception_is_final_and_its_traceback_stands_first(data: Path, tmp_pa
     assert nobody_left(output)
 
 
-def test_a_nan_gradient_stops_before_the_weights_change(data: Path, tmp_path: Path) -> None:
+def test_a_nan_gradient_stops_before_the_weights_change(question_videos: Path, tmp_path: Path) -> None:
     output, since_s = tmp_path / "run", time.time()
-    code, text = start(*command(data, output, harm=("nan", 1, 3)))
+    code, text = start(*command(question_videos, output, harm=("nan", 1, 3)))
     assert code == 1, text
     code, said = diagnose(output, since_s, text)
     first = said.splitlines()[0]
@@ -159,12 +161,12 @@ def test_a_nan_gradient_stops_before_the_weights_change(data: Path, tmp_path: Pa
     assert (output / "checkpoints" / "latest").read_text() == "step_0000002\n"
 
 
-def test_a_full_disk_then_room_and_a_cut_checkpoint(data: Path, tmp_path: Path) -> None:
+def test_a_full_disk_then_room_and_a_cut_checkpoint(question_videos: Path, tmp_path: Path) -> None:
     """The run stops with the sizes and its checkpoint; with room it goes on; a checkpoint cut short is named and passed over."""
     flags = ("--training.steps", 8, "--checkpoint.keep_last", 3)
     with small_disk(tmp_path / "disk", "12m") as disk:
         output, since_s = disk / "run", time.time()
-        code, text = start(*command(data, output, *flags))
+        code, text = start(*command(question_videos, output, *flags))
         assert code == 1, text
         code, said = diagnose(output, since_s, text)
         first = said.splitlines()[0]
@@ -173,7 +175,7 @@ def test_a_full_disk_then_room_and_a_cut_checkpoint(data: Path, tmp_path: Path) 
         assert " needs " in first and " free; " in first, said
 
         subprocess.run(["mount", "-o", "remount,size=80m", disk], check=True)
-        code, text = start(*command(data, output, *flags))
+        code, text = start(*command(question_videos, output, *flags))
         assert code == 0 and f"{good} (step" in text and "finished after step 8" in text, text
         assert [line["step"] for line in read_lines(output / "metrics.jsonl")] == list(range(1, 9))
 
@@ -181,6 +183,6 @@ def test_a_full_disk_then_room_and_a_cut_checkpoint(data: Path, tmp_path: Path) 
         largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
         cut = largest.stat().st_size - 1
         os.truncate(largest, cut)
-        code, text = start(*command(data, output, *flags))
+        code, text = start(*command(question_videos, output, *flags))
         assert code == 0 and f"skipped checkpoint {newest}: {largest.name} has {cut} bytes instead of" in text, text
         assert "step_0000006 (step 6" in text and "finished after step 8" in text

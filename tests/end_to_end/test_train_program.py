@@ -16,9 +16,9 @@ def run(command: list) -> str:
     return text
 
 
-def test_signal_then_the_same_command_again(data: Path, tmp_path: Path) -> None:
+def test_signal_then_the_same_command_again(question_videos: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    line = question_training(data, output, 2, "--parallel.ulysses_size", "2")
+    line = question_training(question_videos, output, 2, "--parallel.ulysses_size", "2")
     returncode, text = send_signal(line, output, signal.SIGUSR1, after_step=2)
     assert returncode == 0, text
     stopped = json.loads((output / "interrupted").read_text())["step"]
@@ -33,10 +33,10 @@ def test_signal_then_the_same_command_again(data: Path, tmp_path: Path) -> None:
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_a_killed_rank_takes_the_job_down(data: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_takes_the_job_down(question_videos: Path, tmp_path: Path) -> None:
     """The other rank does not hang, torchrun fails, and the same command goes on from the last checkpoint."""
     output = tmp_path / "run"
-    line = question_training(data, output, 2, "--checkpoint.save_interval", "3", "--checkpoint.async_save", "true")
+    line = question_training(question_videos, output, 2, "--checkpoint.save_interval", "3", "--checkpoint.async_save", "true")
     returncode, text = send_signal(line, output, signal.SIGKILL, after_step=8)
     assert returncode != 0 and "Signal 9 (SIGKILL)" in text and not (output / "interrupted").exists()
     text = run(line)
@@ -46,7 +46,7 @@ def test_a_killed_rank_takes_the_job_down(data: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, 31))
 
 
-def test_plain_python_is_one_rank(data: Path, tmp_path: Path) -> None:
-    text = run(question_training(data, tmp_path / "run", 1, "--training.steps", "2"))
+def test_plain_python_is_one_rank(question_videos: Path, tmp_path: Path) -> None:
+    text = run(question_training(question_videos, tmp_path / "run", 1, "--training.steps", "2"))
     assert "finished after step 2" in text
     assert (tmp_path / "run" / "loss.png").exists()

@@ -11,10 +11,10 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_stopped_and_resumed_is_bit_equal(precision, data, tmp_path):
+def test_stopped_and_resumed_is_bit_equal(precision, question_videos, tmp_path):
     """With the reference attention, whose sums have one order; cuDNN's and flash's backward add up dQ in any."""
     flags = "--training.precision", precision, "--model.attention_backend", "reference"
-    whole, stopped = (question_training(data, tmp_path / name, 1, *flags) for name in ("whole", "stopped"))
+    whole, stopped = (question_training(question_videos, tmp_path / name, 1, *flags) for name in ("whole", "stopped"))
     code, text = start(*whole)
     assert code == 0, text
     code, text = send_signal(stopped, tmp_path / "stopped", signal.SIGTERM, after_step=5)

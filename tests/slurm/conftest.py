@@ -19,7 +19,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def beside(request, cluster: Cluster, data: Path, tmp_path_factory) -> Iterator[dict[str, Future]]:
+def beside(request, cluster: Cluster, question_videos: Path, tmp_path_factory) -> Iterator[dict[str, Future]]:
     """What the tests of these names ask for, if they are among those to run: it takes long and mostly waits, so it runs beside the others.
 
     Two threads, each with a pair of nodes of its own; what one of them has to do comes one after the other.
@@ -34,7 +34,7 @@ def beside(request, cluster: Cluster, data: Path, tmp_path_factory) -> Iterator[
     pools = [ThreadPoolExecutor(1) for _ in lanes]
     for number, (pool, lane) in enumerate(zip(pools, lanes, strict=True), 1):
         for name in filter(asked.__contains__, lane):
-            futures[name] = pool.submit(lane[name], cluster.pair(number), data, tmp_path_factory.mktemp(name))
+            futures[name] = pool.submit(lane[name], cluster.pair(number), question_videos, tmp_path_factory.mktemp(name))
     yield futures
     for pool in pools:
         pool.shutdown(cancel_futures=True)

@@ -21,14 +21,14 @@ pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("beside")]
 
 
 @pytest.fixture(scope="module")
-def submitted(cluster: Cluster, data: Path, tmp_path_factory) -> tuple[str, Path, str]:
+def submitted(cluster: Cluster, question_videos: Path, tmp_path_factory) -> tuple[str, Path, str]:
     """The run that nothing disturbs, submitted with GPUs by submit.sh as its header says: what that printed, the run, the job's log."""
     folder = tmp_path_factory.mktemp("whole")
     python = folder / "python"  # the ranks compute on the CPU, whatever this machine has
     python.write_text(f'#!/bin/bash\nCUDA_VISIBLE_DEVICES="" exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     settings = {"LONGVILA_PYTHON": python, "LONGVILA_RANKS_PER_NODE": 7, "LONGVILA_CPUS_PER_RANK": 1}
-    line = ("--nodes", 2, "--gpus", 2, "--time=20", *words(data, folder / "run"))
+    line = ("--nodes", 2, "--gpus", 2, "--time=20", *words(question_videos, folder / "run"))
     said = cluster.run("bash", SBATCH.parent / "submit.sh", *line, **settings)
     return said, folder / "run", cluster.log(cluster.wait(int(said.split()[-1]), "COMPLETED"))
 
@@ -44,10 +44,10 @@ def test_the_ranks_of_a_node_are_the_gpus_that_slurm_hands_out(submitted: tuple[
     assert ": 2 x 2 ranks, master" in log
 
 
-def test_two_nodes_train_what_one_process_trains(whole: Path, data: Path, tmp_path: Path) -> None:
+def test_two_nodes_train_what_one_process_trains(whole: Path, question_videos: Path, tmp_path: Path) -> None:
     alone = tmp_path / "run"
     single = ("--parallel.ulysses_size", 1, "--parallel.ring_size", 1)
-    code, text = start(sys.executable, "-m", "megatron_longvila.train", "--config", *words(data, alone, *single))
+    code, text = start(sys.executable, "-m", "megatron_longvila.train", "--config", *words(question_videos, alone, *single))
     assert code == 0, text
     assert [step for step, _ in losses(whole)] == list(range(1, STEPS + 1))
     for (step, one), (_, other) in zip(losses(whole), losses(alone), strict=True):
@@ -59,10 +59,10 @@ def minutes_since_start(cluster: Cluster, job: int) -> int:
     return 60 * int(hours) + int(minutes)
 
 
-def test_whatever_takes_the_nodes_the_losses_stay(whole: Path, cluster: Cluster, data: Path, tmp_path: Path) -> None:
+def test_whatever_takes_the_nodes_the_losses_stay(whole: Path, cluster: Cluster, question_videos: Path, tmp_path: Path) -> None:
     """A preemption at a random step, with a save of 40 s, an operator's requeue, and the time limit, all in the life of one job."""
     output, slow = tmp_path / "run", Slowness(tmp_path / "slow.json")
-    job = cluster.submit(*NODES, "--time=20", "--signal=B:USR1@90", SBATCH, *words(data, output), **slow.environment)
+    job = cluster.submit(*NODES, "--time=20", "--signal=B:USR1@90", SBATCH, *words(question_videos, output), **slow.environment)
     at = random.randint(1, 6)
     print(f"the preemption comes after step {at}")
     await_step(output, at)
@@ -92,12 +92,12 @@ SMALL_DISK = ("--training.steps", 8, "--checkpoint.save_interval", 2, "--checkpo
 
 
 @pytest.fixture(scope="module")
-def ends(cluster: Cluster, data: Path, tmp_path_factory, request) -> dict[str, tuple[int, Path]]:
+def ends(cluster: Cluster, question_videos: Path, tmp_path_factory, request) -> dict[str, tuple[int, Path]]:
     """Jobs that end before their last step, side by side: each one's number and run directory."""
     folder = tmp_path_factory.mktemp("ends")
     slow = Slowness(folder / "slow.json")
     slow.set(step=3)
-    shutil.copytree(data, folder / "data")
+    shutil.copytree(question_videos, folder / "data")
     for shard in folder.glob("data/dataset/shards/*.tar"):
         shard.write_bytes(bytes(shard.stat().st_size))
 
@@ -111,21 +111,21 @@ def ends(cluster: Cluster, data: Path, tmp_path_factory, request) -> dict[str, t
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], check=True)  # whoever may start Slurm's daemons may mount
     request.addfinalizer(lambda: subprocess.run(["umount", "-l", disk], check=True))
     jobs = {
-        "on a full disk": submit(disk / "run", data, flags=SMALL_DISK),
-        "not finite": submit(folder / "nan", data, flags=("--optimizer.lr", 1e30, "--checkpoint.save_interval", 1)),
-        "cancelled": submit(folder / "a run", data, f"--output={folder}/the output.out"),
-        "hurried": submit(folder / "hurried", data, "--time=3", "--signal=B:USR1@170"),
+        "on a full disk": submit(disk / "run", question_videos, flags=SMALL_DISK),
+        "not finite": submit(folder / "nan", question_videos, flags=("--optimizer.lr", 1e30, "--checkpoint.save_interval", 1)),
+        "cancelled": submit(folder / "a run", question_videos, f"--output={folder}/the output.out"),
+        "hurried": submit(folder / "hurried", question_videos, "--time=3", "--signal=B:USR1@170"),
         "broken": submit(folder / "broken", folder / "data"),
     }
     after = cluster.submit(f"--dependency=afterok:{jobs['broken'][0]}", "--kill-on-invalid-dep=yes", "--wrap=true")
     return jobs | {"after the broken one": (after, folder)}
 
 
-def test_scancel_stays_cancelled(cluster: Cluster, data: Path, ends: dict[str, tuple[int, Path]]) -> None:
+def test_scancel_stays_cancelled(cluster: Cluster, question_videos: Path, ends: dict[str, tuple[int, Path]]) -> None:
     """And while the job runs, no other one trains in its run directory."""
     job, output = ends["cancelled"]
     await_step(output, 2)
-    second = cluster.submit("--nodes=2", SBATCH, *words(data, output))
+    second = cluster.submit("--nodes=2", SBATCH, *words(question_videos, output))
     assert f"job {job} still trains in {output}" in cluster.log(cluster.wait(second, "FAILED"))
     cluster.run("scancel", job)
     await_file(output / "interrupted")
@@ -153,7 +153,7 @@ def test_a_loss_that_is_not_finite_ends_the_job(cluster: Cluster, ends: dict[str
 
 
 def test_a_full_disk_ends_the_job_and_a_cut_checkpoint_is_passed_over(
-    cluster: Cluster, data: Path, ends: dict[str, tuple[int, Path]]
+    cluster: Cluster, question_videos: Path, ends: dict[str, tuple[int, Path]]
 ) -> None:
     job, output = ends["on a full disk"]
     log = cluster.log(cluster.wait(job, "FAILED"))
@@ -161,7 +161,7 @@ def test_a_full_disk_ends_the_job_and_a_cut_checkpoint_is_passed_over(
     assert "OSError: [Errno 28] the checkpoint of step" in log and f"the last checkpoint, {good}, is as it" in log, log
     assert " needs " in log and " free; " in log and "is not started again" in log and "try 2" not in log
     subprocess.run(["mount", "-o", "remount,size=80m", output.parent], check=True)
-    line = ("--nodes=2", SBATCH, *words(data, output, "--parallel.ulysses_size", 1, "--data.max_bad_fraction", 0.0, *SMALL_DISK))
+    line = ("--nodes=2", SBATCH, *words(question_videos, output, "--parallel.ulysses_size", 1, "--data.max_bad_fraction", 0.0, *SMALL_DISK))
     cluster.wait(cluster.submit(*line, **ONE_RANK), "COMPLETED")
     newest = output / "checkpoints/step_0000008"
     largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
@@ -180,19 +180,19 @@ def test_a_time_limit_that_leaves_no_time_fails(cluster: Cluster, ends: dict[str
     assert (output / "checkpoints/latest").exists()
 
 
-def test_conversion_answers_and_texts(whole: Path, cluster: Cluster, data: Path, tmp_path: Path) -> None:
+def test_conversion_answers_and_texts(whole: Path, cluster: Cluster, question_videos: Path, tmp_path: Path) -> None:
     """The jobs around training: the run's checkpoint leaves in VILA's layout and answers its questions; texts are prepared by an array."""
     checkpoint, slurm = whole / f"checkpoints/step_{STEPS:07d}", SBATCH.parent
     export = cluster.submit(slurm / "convert.sbatch", "export", checkpoint, tmp_path / "vila", "--format", "vila")
     back = cluster.submit(f"--dependency=afterok:{export}", slurm / "convert.sbatch", "import", tmp_path / "vila", tmp_path / "back")
     found = tmp_path / "answers.json"
-    answers = ("answers", "--checkpoint", checkpoint, "--data", data / "dataset", "--output", found)
+    answers = ("answers", "--checkpoint", checkpoint, "--data", question_videos / "dataset", "--output", found)
     mesh = ("--parallel.ulysses_size", 2, "--parallel.ring_size", 1)
     answered = cluster.submit("--nodes=1", slurm / "evaluate.sbatch", *answers, *mesh)
     (tmp_path / "texts").mkdir()
     for number in range(3):
         (tmp_path / f"texts/{number}.txt").write_text("What colour is the square? The square is red. " * 20)
-    text = ("text", tmp_path / "texts", tmp_path / "parts", "--tokenizer", data / "tokenizer.model", "--context_length", 32)
+    text = ("text", tmp_path / "texts", tmp_path / "parts", "--tokenizer", question_videos / "tokenizer.model", "--context_length", 32)
     array = cluster.submit("--array=0-1", slurm / "preprocess.sbatch", *text)
     for job in (export, back, answered, f"{array}_0", f"{array}_1"):
         cluster.wait(job, "COMPLETED")
