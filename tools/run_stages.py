@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from megatron_longvila.pulse import MARKER
 from megatron_longvila.training.chain import (
     RECORD,
     Chain,
@@ -170,7 +171,7 @@ def run_stage(one: Planned, before: Planned | None, launcher: list[str], program
         one.folder.mkdir(parents=True, exist_ok=True)
         status = attempt(one, started, [*launcher, "-m", "megatron_longvila.train", *training_words(one, load)], programs)
         # A signal to the whole process group reaches the launcher too, which then reports an error of its own.
-        if (one.folder / "interrupted").exists() and (programs.stop_requested or not status):
+        if (one.folder / MARKER).exists() and (programs.stop_requested or not status):
             return False
         if status:
             raise StageFailed(one.stage.name, f"training ended with exit status {status}; its output above says why")

@@ -39,6 +39,7 @@ from megatron_longvila.config_check import check_inputs, resolve
 from megatron_longvila.config_io import name_fields, parse, refuse_repeated_keys, to_dict
 from megatron_longvila.data.text import load_tokenizer
 from megatron_longvila.data.training_data import check_mixture, open_training_data
+from megatron_longvila.pulse import MARKER
 
 RECORD = "stage.json"
 SUMMARY = "run_summary.json"
@@ -138,7 +139,7 @@ class Planned:
             return "finished"
         if not self.record:
             return "pending"
-        return "interrupted" if (self.folder / "interrupted").exists() else "started"
+        return "interrupted" if (self.folder / MARKER).exists() else "started"
 
 
 def read_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:

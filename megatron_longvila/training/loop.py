@@ -30,7 +30,7 @@ from megatron_longvila.data.training_data import open_training_data
 from megatron_longvila.models.longvila import build_model
 from megatron_longvila.parallel.groups import Groups, initialize_groups
 from megatron_longvila.platform import mcore  # noqa: F401  (fixes before the first Megatron import)
-from megatron_longvila.pulse import Pulse
+from megatron_longvila.pulse import MARKER, Pulse
 from megatron_longvila.training import metrics
 from megatron_longvila.training.loss import token_loss
 from megatron_longvila.training.optimizer import apply_settings, build_optimizer, build_scheduler, freeze, set_length, step, wrap_ddp
@@ -354,7 +354,7 @@ def gather_sample_ids(run: Run, batch: list[MicroBatch]) -> list[list[str]]:
 def open_log(run: Run) -> metrics.MetricsLog:
     """Prepare the run directory. For rank 0."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("interrupted", SUMMARY):
+    for name in (MARKER, SUMMARY):
         (run.folder / name).unlink(missing_ok=True)
     metrics.write_json(run.folder / "parameters.json", run.parameters)
     logger.info("trainable: %s\n%s", ", ".join(run.config.training.trainable), describe_counts(run.parameters))
@@ -368,7 +368,7 @@ def finish(run: Run, log: metrics.MetricsLog, number: int, stopped: bool) -> Non
     """Close the log, draw the loss curve, and mark a run that was asked to stop. For rank 0."""
     log.close()
     if stopped:
-        metrics.write_json(run.folder / "interrupted", {"step": number, "total_steps": run.total_steps})
+        metrics.write_json(run.folder / MARKER, {"step": number, "total_steps": run.total_steps})
         logger.info("stopped by a signal after step %d; start the same command again to continue", number)
         return
     if number > run.first_step:
