@@ -66,8 +66,12 @@ def save(config: Config, path: str | Path) -> None:
     """Write every field as YAML; `--config PATH` reads it back to an equal Config. A file that is there stays if the disk is full."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load(path: str | Path) -> Config:

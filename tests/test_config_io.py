@@ -121,7 +121,7 @@ def test_a_saved_configuration_outlives_a_full_disk(tmp_path):
                 pass
         with pytest.raises(OSError, match="No space left"):
             save(Config(output_dir="x" * 8192), disk / "config.yaml")
-        assert load(disk / "config.yaml") == Config()
+        assert load(disk / "config.yaml") == Config() and not list(disk.glob(".config.yaml.*"))
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
