@@ -38,7 +38,7 @@ def parse(argv: Sequence[str], *, prog: str | None = None) -> Config:
     parser = _parser(prog)
     words = _files_first(argv)
     for path in _files(words):
-        if path.is_file():  # else the parser says so
+        if os.path.isfile(path):  # else the parser says so; Path.is_file raises for text that is longer than a name may be
             _check_file(path)
     try:
         namespace = parser.parse_args(words)

@@ -95,6 +95,10 @@ def test_unknown_keys_in_files_are_refused(tmp_path, text, words):
             assert word in str(error.value)
 
 
+def test_fields_in_place_of_a_file_may_be_longer_than_a_file_name():
+    assert parse(["--config", f"{{output_dir: {'x' * 300}}}"]).output_dir == "x" * 300
+
+
 def test_a_field_that_may_have_no_value(tmp_path):
     (tmp_path / "none.yaml").write_text("model: {llm: {rope_scaling: null}}")
     assert load(tmp_path / "none.yaml") == Config()
