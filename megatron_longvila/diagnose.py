@@ -105,7 +105,10 @@ def diagnose(
         verb = "runs" if len(running) == 1 else "run"
         last = max(beats[rank]["step"] for rank in running)
         where = beats[running[0]]["host"]
-        return UNKNOWN, f"{run_dir}: {name_ranks(running)} still {verb} on {where}; the last heartbeat is of step {last}"
+        gone = [rank for rank, beat in beats.items() if beat["host"] == where and rank not in running and beat["phase"] != ENDED]
+        left = f"; {name_ranks(gone)} {'is' if len(gone) == 1 else 'are'} gone" if gone else ""
+        text = f"{run_dir}: {name_ranks(running)} still {verb} on {where}; the last heartbeat is of step {last}{left}"
+        return UNKNOWN, "\n".join([text, *describe_waits(waits_of(stalls))])
     if not causes:
         silent = {rank: beat for rank, beat in beats.items() if rank not in failures and beat["phase"] != ENDED}
         spoke = {beats[rank]["host"] for rank in failures if rank in beats}
@@ -220,6 +223,11 @@ def describe_waits(waiting: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def waits_of(stalls: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stall records of ranks that wait for others, with how long."""
+    return [one | {"waited_s": one["time_s"] - one["since_s"]} for one in stalls.values() if one["waits_in"]]
+
+
 def describe_status(status: int | None) -> str:
     """The launcher's exit status in words."""
     if status is None:
@@ -251,7 +259,7 @@ def report(causes: Sequence[Cause], ended: Iterable[int], stalls: dict[int, dict
     if echoing:
         lines.append(f"{name_ranks(echoing)} lost touch and ended because of it")
     if " waited in " not in first.details:
-        lines += describe_waits([one | {"waited_s": one["time_s"] - one["since_s"]} for one in stalls.values() if one["waits_in"]])
+        lines += describe_waits(waits_of(stalls))
     lines.append("starting again from the last checkpoint makes sense" if first.restartable else "starting again would end the same way")
     return "\n".join(lines)
 

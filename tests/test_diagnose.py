@@ -199,6 +199,15 @@ def test_a_job_that_still_runs_has_no_cause(write, tmp_path):
     assert diagnose(tmp_path, START_S)[0] == FINAL
 
 
+def test_a_rank_that_is_gone_beside_those_that_still_wait_for_it(write, tmp_path):
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "parent_pid": os.getppid()}
+    write_record(record_path(tmp_path, "beat", 1), beat(1) | here)
+    write_record(record_path(tmp_path, "beat", 2), beat(2) | here | {"parent_pid": 1 << 30})
+    write("stall", 1, 9, waits_in="all_reduce at a.py:1 in f", since_s=START_S + 1, stack="")
+    code, text = diagnose(tmp_path, START_S)
+    assert code == UNKNOWN and text.endswith("step 7; rank 2 is gone\n  rank 1 waited in all_reduce at a.py:1 in f for 8 s")
+
+
 def test_leaving_with_a_code_of_its_own_is_final(write, tmp_path):
     write("seen", 2, 8, cause="lost", signal=None, exit_code=3)
     code, text = diagnose(tmp_path, START_S)
