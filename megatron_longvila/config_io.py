@@ -39,7 +39,7 @@ def parse(argv: Sequence[str], *, prog: str | None = None) -> Config:
     words = _files_first(argv)
     for path in _files(words):
         if os.path.isfile(path):  # else the parser says so; Path.is_file raises for text that is longer than a name may be
-            _check_file(path)
+            _check_file(path, Config)
     try:
         namespace = parser.parse_args(words)
     except ArgumentError as error:
@@ -103,8 +103,10 @@ def _files(words: Sequence[str]) -> list[Path]:
     return [Path(path) for path in named + [word.partition("=")[2] for word in words if word.startswith("--config=")]]
 
 
-def _check_file(path: Path) -> None:
-    """Refuse what the parser reads without a word as something else than it says, or not at all. Raises ValueError."""
+def _check_file(path: Path, cls: type) -> None:
+    """Refuse what the parser reads without a word as something else than it says, or not at all, in a file of fields of `cls`.
+
+    Raises ValueError."""
     try:
         node = yaml.compose(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -112,11 +114,15 @@ def _check_file(path: Path) -> None:
     if node is None:
         raise ValueError(f"--config {path} is empty; give it fields, or leave it out")
     refuse_repeated_keys(node, str(path))
-    _check_sections(node, Config, str(path))
+    _check_sections(node, cls, path)
 
 
-def refuse_repeated_keys(node: yaml.Node, where: str) -> None:
-    """Raise ValueError for a key that stands twice in a mapping of a YAML document: the first would be dropped without a word."""
+def refuse_repeated_keys(node: yaml.Node, where: str, above: tuple[yaml.Node, ...] = ()) -> None:
+    """Raise ValueError for a key that stands twice in a mapping of a YAML document: the first would be dropped without a word.
+
+    And for a part that holds itself, by an alias: nothing that reads it would come to an end."""
+    if any(node is one for one in above):
+        raise ValueError(f"{where}: what begins in line {node.start_mark.line + 1} holds itself; write out what is meant")
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     lines: dict[str, int] = {}
     for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
@@ -125,11 +131,14 @@ def refuse_repeated_keys(node: yaml.Node, where: str) -> None:
             raise ValueError(f"{where}: {key.value} stands twice, in {there}, and only the last would count; keep one")
         lines[key.value] = key.start_mark.line + 1
     for inner in [value for _, value in pairs] or (node.value if isinstance(node, yaml.SequenceNode) else []):
-        refuse_repeated_keys(inner, where)
+        refuse_repeated_keys(inner, where, (*above, node))
 
 
-def _check_sections(node: yaml.Node, cls: type, where: str) -> None:
-    """Raise ValueError unless a document, and every part of it that is a dataclass, is a mapping, and every other field has a value."""
+def _check_sections(node: yaml.Node, cls: type, file: Path, where: str = "") -> None:
+    """Raise ValueError unless a document, and every part of it that is a dataclass, is a mapping, and every other field has a value.
+
+    A part may also be the name of a file that holds it, relative to the file that names it."""
+    where = where or str(file)
     if not isinstance(node, yaml.MappingNode):
         found = repr(node.value) if isinstance(node, yaml.ScalarNode) and node.value else "a list" if node.value else "nothing"
         raise ValueError(f"{where} must be a mapping of fields and holds {found}; give it fields, or leave it out")
@@ -137,7 +146,11 @@ def _check_sections(node: yaml.Node, cls: type, where: str) -> None:
     for key, value in node.value:
         default = defaults.get(key.value) if isinstance(key, yaml.ScalarNode) else None
         if dataclasses.is_dataclass(default):
-            _check_sections(value, type(default), f"{where}, {key.value}")
+            other = file.parent / value.value if isinstance(value, yaml.ScalarNode) and value.value else None
+            if other is not None and os.path.isfile(other):
+                _check_file(other, type(default))
+            else:
+                _check_sections(value, type(default), file, f"{where}, {key.value}")
         elif default is not None and value.tag == "tag:yaml.org,2002:null":  # the parser takes it, whatever the type of the field
             raise ValueError(f"{where}, {key.value} has no value; give it one, or leave it out for {default!r}")
 

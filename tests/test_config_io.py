@@ -84,6 +84,8 @@ def test_mistakes_are_refused_by_name(argv, words):
         ("data: {train: null}", ["bad.yaml, data, train has no value"]),
         ("output_dir: ~", ["bad.yaml, output_dir has no value"]),
         ("? [a]\n: b", ["unhashable key"]),
+        ("model: &a {llm: *a}", ["bad.yaml: what begins in line 1 holds itself"]),
+        ("model: none.yaml", ["bad.yaml, model must be a mapping of fields and holds 'none.yaml'"]),
     ],
 )
 def test_unknown_keys_in_files_are_refused(tmp_path, text, words):
@@ -93,6 +95,17 @@ def test_unknown_keys_in_files_are_refused(tmp_path, text, words):
             read()
         for word in words:
             assert word in str(error.value)
+
+
+def test_a_section_may_be_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: parts/model.yaml")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "model.yaml").write_text("llm: llm.yaml")
+    (tmp_path / "parts" / "llm.yaml").write_text("hidden_size: 96")
+    assert parse(["--config", str(tmp_path / "run.yaml")]).model.llm.hidden_size == 96
+    (tmp_path / "parts" / "llm.yaml").write_text("hidden_size: 96\nhidden_size: 32")
+    with pytest.raises(ValueError, match="llm.yaml: hidden_size stands twice"):
+        parse(["--config", str(tmp_path / "run.yaml")])
 
 
 def test_fields_in_place_of_a_file_may_be_longer_than_a_file_name():

@@ -369,7 +369,7 @@ def _check_inputs(config: Config) -> None:
 
 
 def _facts(config: Config, mark: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """What the result of a stage depends on. Data and tokenizer that are gone are taken from what was `recorded` of a finished one."""
+    """What the result of a stage depends on; if finished, what is gone of tokenizer and data (of a mixture: its registry) as `recorded`."""
     fields = {name: value for name, value in flatten(to_dict(config)).items() if not NEUTRAL.fullmatch(name)}
     files = [config.data.registry] if config.data.mixture else [Path(folder, "dataset.json") for folder in config.data.train]
     if recorded and not all(Path(file).is_file() for file in files):
