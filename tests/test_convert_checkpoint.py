@@ -55,6 +55,7 @@ def test_dry_runs_write_nothing(tmp_path, capsys):
     assert "the projector is freshly initialised" in text.err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("what", ["import", "export"])
 def test_a_disk_that_fills_up_meanwhile_is_one_error_and_leaves_nothing(tmp_path, what):
     """A limit on the size of files stands for the disk."""

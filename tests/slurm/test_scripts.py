@@ -165,6 +165,7 @@ def test_a_site_file_may_use_unset_names_and_fail(tiny: list[str], queue: Path, 
     assert done.returncode == 0 and queue.read_text().startswith("account=vision "), done
 
 
+@pytest.mark.slurm
 def test_a_signal_reaches_only_ranks_that_can_hear_it(tmp_path: Path) -> None:
     """TERM and USR1 to the agent alone, as Slurm sends them where it tracks processes by cgroups: neither torchrun nor what a rank has
     started gets one, and a rank that is still starting gets it later."""
