@@ -27,7 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_longvila.pulse import ENDED, MARKER, read_records
+from megatron_longvila.watch import is_running
 
 SAVED, RESTARTABLE, FINAL, UNKNOWN = 0, 10, 20, 30
 LOG_TAIL_BYTES = 4 << 20
@@ -134,10 +137,9 @@ def still_runs(beat: dict[str, Any]) -> bool:
     if beat["host"] != socket.gethostname():
         return False
     try:
-        status = Path(f"/proc/{beat['pid']}/status").read_text()
-    except OSError:  # there is no such process, or it has just ended
+        return is_running(beat["pid"]) and psutil.Process(beat["pid"]).ppid() == beat["parent_pid"]
+    except psutil.NoSuchProcess:  # it has just ended
         return False
-    return f"\nPPid:\t{beat['parent_pid']}\n" in status and "\nState:\tZ" not in status
 
 
 def is_echo(failure: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from megatron_longvila.checkpoint.hf_config import (
     write_llm,
     write_vision,
 )
-from megatron_longvila.checkpoint.layouts import PARTS, part_dtypes, read_preprocessor
+from megatron_longvila.checkpoint.layouts import PARTS, PREPROCESSOR, PROCESSOR, part_dtypes, read_preprocessor
 from megatron_longvila.checkpoint.origin import SOURCE, TOKENS
 from megatron_longvila.checkpoint.sharded import read_progress
 from megatron_longvila.checkpoint.tensor_files import read_json, write_json
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 Raw = dict[str, Any]
 
-_PREPROCESSOR = "preprocessor_config.json"
-_PROCESSOR = "processor_config.json"
-_LLAVA_ONLY = ("config.json", _PREPROCESSOR, _PROCESSOR, "README.md")
+_LLAVA_ONLY = ("config.json", PREPROCESSOR, PROCESSOR, "README.md")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*")
 _IMAGE = "<image>"
 
@@ -91,8 +89,8 @@ def _write_llava(job: ExportJob, folder: Path) -> list[str]:
         _set_dtype(after, job, "llm")
         if job.options.image_token_id >= 0:
             after[_image_key(before)] = token = _image_token(job, folder)
-            if (folder / _PROCESSOR).exists():
-                write_json(folder / _PROCESSOR, read_json(folder / _PROCESSOR) | {"image_token": _image_text(folder, token, notes)})
+            if (folder / PROCESSOR).exists():
+                write_json(folder / PROCESSOR, read_json(folder / PROCESSOR) | {"image_token": _image_text(folder, token, notes)})
     else:
         before, token = {}, _image_token(job, folder)
         after = {
@@ -107,7 +105,7 @@ def _write_llava(job: ExportJob, folder: Path) -> list[str]:
             "image_token": _image_text(folder, token, notes), "num_additional_image_tokens": 0, "patch_size": model.vision.patch_size,
             "processor_class": "LlavaProcessor", "vision_feature_select_strategy": "full",
         }  # fmt: skip
-        write_json(folder / _PROCESSOR, processor)
+        write_json(folder / PROCESSOR, processor)
     _write_if_other(folder / "config.json", before, after)
     _write_preprocessor(job, folder)
     if model.vision.preprocess == "pad":
@@ -233,14 +231,14 @@ def _write_preprocessor(job: ExportJob, folder: Path) -> None:
     """The source's, or SigLIP's with our size."""
     layout, source = job.imported.get("layout"), job.options.input / SOURCE
     before, raw = read_preprocessor(source / ("" if layout == "llava" else "vision_tower"))
-    if before.name == _PREPROCESSOR and before.exists():
-        shutil.copyfile(before, folder / _PREPROCESSOR)
+    if before.name == PREPROCESSOR and before.exists():
+        shutil.copyfile(before, folder / PREPROCESSOR)
     elif raw and layout != job.options.format:
-        write_json(folder / _PREPROCESSOR, raw)
+        write_json(folder / PREPROCESSOR, raw)
     elif layout is None or layout != job.options.format and job.options.format == "llava":
         size = job.config.model.vision.image_size
         write_json(
-            folder / _PREPROCESSOR,
+            folder / PREPROCESSOR,
             {
                 "image_processor_type": "SiglipImageProcessor", "do_resize": True, "size": {"height": size, "width": size}, "resample": 3,
                 "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,

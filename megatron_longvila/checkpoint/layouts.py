@@ -46,7 +46,7 @@ LLAVA_NAMES = {
     },
 }
 _LINEAR_OUT = ("mm_projector.layers.2.weight", "mm_projector.layers.2.bias")
-_PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # What VILA puts around and does to visual tokens behind the projector. Ours is what these do: nothing, and a newline behind each frame.
 _ENCODERS = {"image_encoder": "BasicImageEncoder", "video_encoder": "BasicVideoEncoder"}
 _BICUBIC = 3
@@ -319,7 +319,7 @@ def _note_encoders(raw: Mapping[str, Any], where: Path, notes: list[str]) -> Non
 
 def read_preprocessor(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The file of how a model wants its pixels, and its content ({} if there is none); transformers 5 puts it into the processor's."""
-    own, shared = folder / _PREPROCESSOR, folder / _PROCESSOR
+    own, shared = folder / PREPROCESSOR, folder / PROCESSOR
     if own.exists() or not shared.exists():
         return own, read_json(own) if own.exists() else {}
     return shared, read_json(shared).get("image_processor") or {}
