@@ -20,16 +20,17 @@ from PIL import Image
 
 from megatron_longvila.data.colours import READ_AS, check_matrix
 from megatron_longvila.data.media import SNIFF_BYTES, Deadline, MediaError, MediaLimits, MediaUnreadable, open_source, sniff
+from megatron_longvila.data.nal import is_unreferenced
 from megatron_longvila.data.orientation import orientation
 from megatron_longvila.data.timeline import Timeline, counted, from_packets, starts_again
 
 # Read ahead of the demuxer: fewer calls into Python per hour of video (PyAV's default is 32 KiB), little waste per seek.
 _BUFFER_BYTES = 1 << 18
-# Decoders that may drop the frames no other frame refers to. H.264 marks them exactly. HEVC is left out: a "sub-layer non-reference"
-# picture may still be referred to by a higher temporal layer, and FFmpeg drops it all the same; so are AV1 and VP9 (nothing to gain).
-_SKIPS_UNREFERENCED = ("h264", "mpeg4", "mpeg2video")
-# Decoders that report an error with the frame that has it. MPEG's flag whichever frame comes out next.
-_NAMES_ITS_ERRORS = ("h264",)
+# Decoders that may drop the frames no other refers to, and report an error with the frame that has it. HEVC is left out: a "sub-layer
+# non-reference" picture may be referred to by a higher temporal layer, and FFmpeg drops it all the same; so are AV1 and VP9 (no gain).
+_SKIPS_AND_NAMES_ERRORS = ("h264",)
+# Decoders whose errors show in frames after the one that has them: they always get all packets of a group.
+_CARRIES_ERRORS = ("mpeg1video", "mpeg2video", "mpeg4")
 
 
 class VideoStream:
@@ -106,8 +107,8 @@ class VideoStream:
             raise MediaError(f"has a frame of {frame.width} x {frame.height} pixels, more than max_pixels={self._limits.max_pixels}")
         scaling = {} if size is None else {"width": size[0], "height": size[1], "interpolation": "BICUBIC"}
         matrix = READ_AS.get(int(frame.colorspace))
-        rgb_HW3 = self._scaler.reformat(frame, format="rgb24", src_colorspace=matrix, **scaling).to_ndarray()
-        transpose = self.orient(frame)
+        rgb = self._scaler.reformat(frame, format="rgb24", src_colorspace=matrix, **scaling)
+        rgb_HW3, transpose = rgb.to_ndarray(), self.orient(rgb)  # of `frame`, the decoder would miss the buffers, see `orient`
         return rgb_HW3 if transpose is None else np.array(Image.fromarray(rgb_HW3).transpose(transpose))
 
     def orient(self, frame: av.VideoFrame) -> Image.Transpose | None:
@@ -293,16 +294,15 @@ class VideoStream:
 
         A decoder fills damaged places with what it has at hand: earlier groups, frames nobody refers to, even old buffers. So each visit
         begins with an empty decoder, and frames from the first error on are read again by a new one that gets all packets of the group.
-        Not seen are errors that decoders pass over in silence: all of HEVC's and VP8's, and rare ones of the others (a header or a slice
-        that is lost); FFmpeg's concealment of these may differ even from run to run.
+        Not seen are errors that decoders pass over in silence: all of HEVC's and VP8's, and rare ones of others (a slice that is lost).
         """
         position_of = {index: int(self.timeline.position_F[index]) for index in group}
-        names_errors, pending = self.codec in _NAMES_ITS_ERRORS, group
+        names_errors, whole, pending = self.codec in _SKIPS_AND_NAMES_ERRORS, self.codec in _CARRIES_ERRORS, group
         while pending:
-            error = self._visit(start, pending, convert, found)
+            error = self._visit(start, pending, convert, found, whole=whole)
             end = position_of[pending[-1]] if error is None else error
             bad = {index for index in pending if position_of[index] <= end and (index not in found or position_of[index] == error)}
-            if error is None and not bad:
+            if error is None and (whole or not bad):
                 return
             first = min([position_of[index] for index in bad] + [end]) if names_errors else 0
             pending = [index for index in (pending if names_errors else group) if position_of[index] >= first]
@@ -326,7 +326,7 @@ class VideoStream:
         if whole or start < key:  # to the end of the group: from which keyframe a frame can be read must not depend on those behind it
             last = int(timeline.position_F[timeline.key_position_F == key].max())
         stream = self._packets_from(start)  # may open the file anew, and with it the decoder
-        context, skips = self._stream.codec_context, self.codec in _SKIPS_UNREFERENCED and not whole
+        context, skips = self._stream.codec_context, self.codec in _SKIPS_AND_NAMES_ERRORS and not whole
         context.skip_frame = skipping = "DEFAULT"
         context.flush_buffers()
         errors, ahead = [], []
@@ -335,7 +335,8 @@ class VideoStream:
                 ahead.append((position, packet))  # leading pictures follow the keyframe of the next group, which begins with it again
             if position < start or (start < position and packet.pts < start_pts):
                 continue  # before the keyframe, or a leading picture that refers to what lies before it
-            skip = "DEFAULT" if not skips or packet.pts in wanted else "NONREF"
+            # The packet is asked first: told to drop what it can, the decoder does not say when it loses a frame that others refer to.
+            skip = "NONREF" if skips and packet.pts not in wanted and is_unreferenced(bytes(packet), context.extradata) else "DEFAULT"
             if skip != skipping:
                 context.skip_frame = skipping = skip
             self._keep(self._decode(packet, errors, position), wanted, convert, found, errors)

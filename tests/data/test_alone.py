@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 
 from megatron_longvila.data.media import DEFAULT_LIMITS, Deadline
+from megatron_longvila.data.nal import is_unreferenced
 from megatron_longvila.data.stream import VideoStream
 
 SIZE, NUM_FRAMES = (192, 112), 60
-X264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:threads=1:"
+# The same bytes on every processor: the damage drawn below depends on them.
+X264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:threads=1:cpu-independent=1:"
+MPEG = {"g": "12", "bf": "2", "b": "1500000", "flags": "+bitexact"}
 VIDEOS = {
     "h264": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "open-gop=0"}),
     "h264 open groups": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "open-gop=1"}),
     "h264 gradual refresh": ("libx264", "mp4", {"preset": "fast", "x264-params": X264 + "intra-refresh=1"}),
-    "mpeg2 transport stream": ("mpeg2video", "mpegts", {"g": "12", "bf": "2", "b": "1500000"}),
-    "mpeg2 program stream": ("mpeg2video", "mpeg", {"g": "12", "bf": "2", "b": "1500000"}),
-    "mpeg4": ("mpeg4", "mp4", {"g": "12", "bf": "2", "b": "1500000"}),
+    "mpeg2 transport stream": ("mpeg2video", "mpegts", MPEG),
+    "mpeg2 program stream": ("mpeg2video", "mpeg", MPEG),
+    "mpeg4": ("mpeg4", "mp4", MPEG),
 }
 
 
@@ -68,6 +71,52 @@ def test_a_frame_does_not_depend_on_those_read_with_it(name):
         shares = [list(range(first, NUM_FRAMES, 7)) for first in range(7)] + [[index] for index in range(NUM_FRAMES)]
         for share in shares:
             assert [index for index, picture in shown(data, share).items() if picture != together[index]] == [], (seed, share)
+
+
+def test_a_lost_frame_that_others_refer_to_is_seen_by_all_of_them():
+    """FFmpeg's decoder, where it may drop frames that no other refers to, takes a packet without any frame for one of these."""
+    data = moving(*VIDEOS["h264"])
+    with av.open(io.BytesIO(data)) as file:
+        stream = file.streams.video[0]
+        packets = [bytes(packet) for packet in file.demux(stream) if packet.size and not packet.is_keyframe]
+        referred_to = [packet for packet in packets if not is_unreferenced(packet, stream.codec_context.extradata)]
+    for packet in referred_to[2::3]:
+        place = data.index(packet) + 4
+        assert data[place] & 31 == 1  # a slice, behind its length; now it is filler
+        damaged = data[:place] + b"\x4c" + data[place + 1 :]
+        together = shown(damaged, list(range(NUM_FRAMES)))
+        assert None in together.values()
+        for share in [list(range(first, NUM_FRAMES, 7)) for first in range(7)]:
+            assert shown(damaged, share) == {index: together[index] for index in share}
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts"])
+def test_the_packets_that_may_be_dropped_are_those_that_the_decoder_drops(container):
+    with av.open(io.BytesIO(moving("libx264", container, VIDEOS["h264"][2]))) as file:
+        stream = file.streams.video[0]
+        context = stream.codec_context
+        packets = [packet for packet in file.demux(stream) if packet.size]
+        kept = [packet.pts for packet in packets if not is_unreferenced(bytes(packet), context.extradata)]
+        context.thread_count, context.skip_frame = 1, "NONREF"
+        decoded = [frame.pts for packet in [*packets, None] for frame in context.decode(packet)]
+        assert len(packets) == NUM_FRAMES
+        assert 10 < len(kept) < 50
+        assert sorted(kept) == decoded
+        one = next(bytes(packet) for packet in packets if is_unreferenced(bytes(packet), context.extradata))
+        assert [is_unreferenced(one[:size], context.extradata) for size in (0, 1, 4)] == [False, False, False]
+        assert not is_unreferenced(one, b"\x01") or container == "mpegts"
+
+
+def test_the_decoder_gets_its_buffers_back():
+    """What a decoder shows in place of a lost slice is what its buffers held before: they must not depend on which frames were read."""
+    with VideoStream(moving(*VIDEOS["mpeg2 transport stream"]), Deadline(None), DEFAULT_LIMITS) as stream:
+        gc.collect()
+        gc.disable()
+        try:
+            assert len(stream.read([4, 5], stream.to_rgb)) == 2
+            assert [one for one in gc.get_objects() if isinstance(one, av.VideoFrame) and one.format and one.format.name == "yuv420p"] == []
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("name", ["mpeg2 program stream", "h264 gradual refresh"])
