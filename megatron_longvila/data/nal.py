@@ -1,4 +1,4 @@
-"""Which packets of H.264 hold a frame that no other frame refers to, as their headers say (ITU-T H.264, 7.3.1 and 7.4.1)."""
+"""Which packets of H.264 hold a frame that no other refers to, as their headers say, damaged or not (ITU-T H.264, 7.3.1 and 7.4.1)."""
 
 from __future__ import annotations
 

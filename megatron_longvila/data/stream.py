@@ -28,9 +28,9 @@ from megatron_longvila.data.timeline import Timeline, counted, from_packets, sta
 _BUFFER_BYTES = 1 << 18
 # Decoders that may drop the frames no other refers to, and report an error with the frame that has it. HEVC is left out: a "sub-layer
 # non-reference" picture may be referred to by a higher temporal layer, and FFmpeg drops it all the same; so are AV1 and VP9 (no gain).
-_SKIPS_AND_NAMES_ERRORS = ("h264",)
-# Decoders whose errors show in frames after the one that has them: they always get all packets of a group.
-_CARRIES_ERRORS = ("mpeg1video", "mpeg2video", "mpeg4")
+_MARKS_ITS_FRAMES = ("h264",)
+# Decoders whose errors show in frames after the one that has them (FFmpeg's MPEG family): they always get all packets of a group.
+_CARRIES_ERRORS = ("mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3", "vc1", "h263", "flv")
 
 
 class VideoStream:
@@ -108,7 +108,7 @@ class VideoStream:
         scaling = {} if size is None else {"width": size[0], "height": size[1], "interpolation": "BICUBIC"}
         matrix = READ_AS.get(int(frame.colorspace))
         rgb = self._scaler.reformat(frame, format="rgb24", src_colorspace=matrix, **scaling)
-        rgb_HW3, transpose = rgb.to_ndarray(), self.orient(rgb)  # of `frame`, the decoder would miss the buffers, see `orient`
+        rgb_HW3, transpose = rgb.to_ndarray(), self.orient(rgb)  # of the copy: `orient` keeps the buffers of what it looks at
         return rgb_HW3 if transpose is None else np.array(Image.fromarray(rgb_HW3).transpose(transpose))
 
     def orient(self, frame: av.VideoFrame) -> Image.Transpose | None:
@@ -293,11 +293,11 @@ class VideoStream:
         """Frames that share a keyframe, each with the same pixels whichever others are read with it (on this rank).
 
         A decoder fills damaged places with what it has at hand: earlier groups, frames nobody refers to, even old buffers. So each visit
-        begins with an empty decoder, and frames from the first error on are read again by a new one that gets all packets of the group.
-        Not seen are errors that decoders pass over in silence: all of HEVC's and VP8's, and rare ones of others (a slice that is lost).
+        begins with an empty decoder, and H.264's frames from the first error on, those of the whole group for others, are read again by a
+        new one that gets all packets. Not seen are errors in silence: all of HEVC's and VP8's, and rare ones of others (a changed header).
         """
         position_of = {index: int(self.timeline.position_F[index]) for index in group}
-        names_errors, whole, pending = self.codec in _SKIPS_AND_NAMES_ERRORS, self.codec in _CARRIES_ERRORS, group
+        names_errors, whole, pending = self.codec in _MARKS_ITS_FRAMES, self.codec in _CARRIES_ERRORS, group
         while pending:
             error = self._visit(start, pending, convert, found, whole=whole)
             end = position_of[pending[-1]] if error is None else error
@@ -311,7 +311,7 @@ class VideoStream:
             if bad and names_errors:  # once more without these, which may be such as nothing else needs
                 pending = [index for index in pending if index not in bad]
                 continue
-            if pending:  # the error is in a frame that others refer to, else it had been skipped
+            if pending:  # H.264: the error is in a frame that others refer to, else it had been skipped
                 self._open()
                 self._visit(start, pending, convert, found, whole=True)
             return
@@ -326,7 +326,7 @@ class VideoStream:
         if whole or start < key:  # to the end of the group: from which keyframe a frame can be read must not depend on those behind it
             last = int(timeline.position_F[timeline.key_position_F == key].max())
         stream = self._packets_from(start)  # may open the file anew, and with it the decoder
-        context, skips = self._stream.codec_context, self.codec in _SKIPS_AND_NAMES_ERRORS and not whole
+        context, skips = self._stream.codec_context, self.codec in _MARKS_ITS_FRAMES and not whole
         context.skip_frame = skipping = "DEFAULT"
         context.flush_buffers()
         errors, ahead = [], []

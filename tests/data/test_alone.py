@@ -14,7 +14,7 @@ from megatron_longvila.data.nal import is_unreferenced
 from megatron_longvila.data.stream import VideoStream
 
 SIZE, NUM_FRAMES = (192, 112), 60
-# The same bytes on every processor: the damage drawn below depends on them.
+# The same bytes on every x86 processor: the damage drawn below depends on them.
 X264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:threads=1:cpu-independent=1:"
 MPEG = {"g": "12", "bf": "2", "b": "1500000", "flags": "+bitexact"}
 VIDEOS = {
@@ -104,17 +104,21 @@ def test_the_packets_that_may_be_dropped_are_those_that_the_decoder_drops(contai
         assert sorted(kept) == decoded
         one = next(bytes(packet) for packet in packets if is_unreferenced(bytes(packet), context.extradata))
         assert [is_unreferenced(one[:size], context.extradata) for size in (0, 1, 4)] == [False, False, False]
-        assert not is_unreferenced(one, b"\x01") or container == "mpegts"
+
+
+def decoded_frames() -> list[av.VideoFrame]:
+    return [one for one in gc.get_objects() if isinstance(one, av.VideoFrame) and one.format and one.format.name == "yuv420p"]
 
 
 def test_the_decoder_gets_its_buffers_back():
     """What a decoder shows in place of a lost slice is what its buffers held before: they must not depend on which frames were read."""
     with VideoStream(moving(*VIDEOS["mpeg2 transport stream"]), Deadline(None), DEFAULT_LIMITS) as stream:
         gc.collect()
+        before = decoded_frames()  # held, so that no new one takes the place of an old one
         gc.disable()
         try:
             assert len(stream.read([4, 5], stream.to_rgb)) == 2
-            assert [one for one in gc.get_objects() if isinstance(one, av.VideoFrame) and one.format and one.format.name == "yuv420p"] == []
+            assert len(decoded_frames()) == len(before)
         finally:
             gc.enable()
 
